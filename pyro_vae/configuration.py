@@ -1,0 +1,278 @@
+"""From words to objects: the arguments of ``pyro-vae train``, its YAML, and the VAE that they describe.
+
+Everything is read off signatures and docstrings. With ``cli.py`` the only place where things are named by strings.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyro.infer
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from torch import nn
+
+from pyro_vae import datasets, encoders, likelihoods, networks, objectives, priors
+from pyro_vae.checkpoints import load_model
+from pyro_vae.contracts import Encoder, Likelihood, Prior
+from pyro_vae.decoders import Decoder
+from pyro_vae.vae import VAE
+
+
+class UsageError(Exception):
+    """A mistake in what the user wrote: one line, exit code 2."""
+
+
+# The parts of a run: what a class of the part derives from, and the modules where its short name is looked up.
+PARTS: dict[str, tuple[type, tuple[Any, ...]]] = {
+    "data": (datasets.DataSet, (datasets,)),
+    "prior": (Prior, (priors,)),
+    "likelihood": (Likelihood, (likelihoods,)),
+    "encoder": (Encoder, (encoders,)),
+    "networks": (networks.NetworkPair, (networks,)),
+    "objective": (pyro.infer.ELBO, (objectives, pyro.infer)),
+    "optimizer": (torch.optim.Optimizer, (torch.optim,)),
+}
+DEFAULTS = {
+    "data": "pyro_vae.datasets.Digits",
+    "prior": "pyro_vae.priors.StandardNormal",
+    "encoder": "pyro_vae.encoders.DiagonalNormal",
+    "networks": "pyro_vae.networks.MlpPair",
+    "objective": "pyro_vae.objectives.ELBO",
+}
+HELP = {
+    "data": "The data set",
+    "prior": "The prior p(z)",
+    "likelihood": "The likelihood p(x | z); null: the one that fits the data set (Binomial for counts, Bernoulli for "
+    "binarised pixels, ContinuousBernoulli for grey ones, a normal for tables)",
+    "encoder": "The family of the posterior q(z | x)",
+    "networks": "The pair of networks inside decoder and encoder",
+    "objective": "What is maximised: an objective of this library or of pyro.infer, such as Trace_ELBO",
+    "optimizer": "The optimiser, any of torch.optim; null: Adam, fused over all parameters",
+}
+# Constructor arguments that the run itself knows: sizes, data, the encoder that a VampPrior shares.
+PROVIDED = {"latent_dim", "event_dim", "encoder", "pseudo_inputs", "net", "params", "lr"}
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are exceptions, so that they can be told in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        raise UsageError(plain(message))
+
+
+class Formatter(DefaultHelpFormatter):
+    """Keep the paragraphs of a docstring."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(super(Formatter, self)._fill_text(part, width, indent) for part in paragraphs)
+
+
+def plain(message: str) -> str:
+    """A parser's message in words a person would use."""
+    text = " ".join(message.split())
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", text)
+    if key and unknown:
+        part = key[1].split(".")[0]
+        return (
+            f"--{part}.{unknown[1]} is no argument of the {part} chosen: name the class too (--{part} CLASS), "
+            f"or see --{part}.help CLASS for its arguments."
+        )
+    wrong = re.search(r'key "([\w.]+)":? .*?Expected an? (.+?)\.? Got value: (.+?)(?: -|$)', text)
+    if wrong:
+        name = re.sub(r"<class '([\w.]+)'>", r"\1", wrong[2])
+        return f"--{wrong[1].replace('.init_args', '')}: expected {name}, found {wrong[3]}."
+    return text
+
+
+def description(command: Callable[..., None]) -> str:
+    """The docstring of a command up to its arguments."""
+    return (inspect.getdoc(command) or "").split("\n\nArgs:")[0]
+
+
+def _class_names(part: str) -> list[str]:
+    base, modules = PARTS[part]
+    classes = {name: value for m in modules for name, value in vars(m).items() if inspect.isclass(value)}
+    own = {name for name, c in classes.items() if issubclass(c, base) and c is not base and not inspect.isabstract(c)}
+    return sorted(name for name in own if not name.startswith("_"))
+
+
+def import_class(path: str, part: str) -> type:
+    """The class behind a short name or a dotted path.
+
+    Args:
+        path: "VampPrior", or "my_module.MyPrior".
+        part: which part of the run it is for.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    if "." not in path:
+        if path not in _class_names(part):
+            raise UsageError(
+                f"unknown {part} {path!r}: choose one of {', '.join(_class_names(part))}, or give the dotted path of a "
+                "class of your own."
+            )
+        return next(getattr(m, path) for m in PARTS[part][1] if hasattr(m, path))
+    module_name, name = path.rsplit(".", 1)
+    try:
+        value = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"cannot import {part} {path!r} ({error}): check the path and the current folder.") from None
+    if not inspect.isclass(value):
+        raise UsageError(f"expected {part} {path!r} to be a class, found {type(value).__name__}.")
+    return value
+
+
+def _chosen(argv: Sequence[str], part: str) -> list[type]:
+    """Classes that the arguments or the configuration files name for a part, so that the parser can learn of them."""
+    names: list[Any] = []
+    for i, word in enumerate(argv):
+        follows = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else None
+        for key in (f"--{part}", f"--{part}.class_path", f"--{part}.help"):
+            if word == key:
+                names.append(follows)
+            elif word.startswith(key + "="):
+                names.append(word.split("=", 1)[1])
+        if word.startswith("--config"):
+            file = word.split("=", 1)[1] if "=" in word else follows
+            value = _read_yaml(Path(file)).get(part) if file else None
+            names.append(value.get("class_path") if isinstance(value, dict) else value)
+    return [import_class(name, part) for name in names if isinstance(name, str) and re.fullmatch(r"[\w.]+", name)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the configuration {path} ({' '.join(str(error).split())}).") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"expected {path} to hold a mapping of arguments, found {type(content).__name__}.")
+    return content
+
+
+def train_parser(command: Callable[..., None], argv: Sequence[str]) -> ArgumentParser:
+    """The parser of ``train``: each part by class, then the command's own arguments.
+
+    Args:
+        command: the function behind ``train``.
+        argv: its words, searched for classes that the parser must know of.
+    """
+    parser = Parser(prog="pyro-vae train", description=description(command), formatter_class=Formatter)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of these arguments.")
+    for part, (base, _) in PARTS.items():
+        allowed = tuple(dict.fromkeys([base, *_chosen(argv, part)]))
+        parser.add_subclass_arguments(allowed, part, skip=PROVIDED, required=False, help=HELP[part] + ".")
+        if parser.groups and part in parser.groups:
+            parser.groups[part].title = HELP[part].split("; null")[0]
+    parser.add_function_arguments(command, skip={"config"})
+    parser.set_defaults({part: {"class_path": path} for part, path in DEFAULTS.items()})
+    return parser
+
+
+def build(config: Namespace) -> tuple[Any, VAE]:
+    """The data set and the untrained VAE that a configuration describes, on its device.
+
+    Args:
+        config: a parsed configuration of ``train``; its likelihood is filled in where it was left to the data.
+
+    Returns:
+        The data set and the VAE.
+
+    Raises:
+        UsageError, ValueError, TypeError: a part cannot be made.
+    """
+    if config.latent_dim < 1:
+        raise UsageError(f"--latent_dim: expected a number >= 1, found {config.latent_dim}.")
+    device = _device(config.device)
+    torch.manual_seed(config.seed)
+    data = make(config, "data")
+    if config.likelihood is None:
+        name, arguments = data.natural_likelihood
+        config.likelihood = Namespace(class_path=f"pyro_vae.likelihoods.{name}", init_args=Namespace(**arguments))
+    event_shape = tuple(data.test.shape[1:])
+    some = torch.randperm(len(data.train))[:10_000]  # enough for a mean and a scale
+    x = data.prepare(data.train[some])
+
+    likelihood = make(config, "likelihood", event_dim=len(event_shape))
+    pair = make(config, "networks")
+    # An encoder class that does not say how many outputs it wants gets a mean and a scale for each dimension.
+    family = import_class(config.encoder.class_path, "encoder")
+    num_outputs = family.num_outputs(config.latent_dim) if hasattr(family, "num_outputs") else 2 * config.latent_dim
+    net = pair.encoder(event_shape, num_outputs)
+    if config.standardize:
+        net = nn.Sequential(networks.Standardize(x.mean(), x.std().clamp(min=1e-6)), net)
+    encoder = make(config, "encoder", net=net, latent_dim=config.latent_dim)
+
+    output_shape = (getattr(likelihood, "num_outputs", 1) * event_shape[0], *event_shape[1:])
+    decoder = Decoder(pair.decoder(config.latent_dim, output_shape), likelihood)
+    if config.start_at_data and hasattr(likelihood, "output_bias"):
+        decoder.start_at_data(x)
+    prior = make(config, "prior", latent_dim=config.latent_dim, encoder=encoder, pseudo_inputs=x)
+    return data.to(device), VAE(prior, decoder, encoder).to(device)
+
+
+def make(config: Namespace, part: str, **provided: Any) -> Any:
+    """An object of the class that a configuration names, its arguments from there, the rest from the run.
+
+    Args:
+        config: the configuration.
+        part: which part.
+        **provided: what the run can give; only what the constructor asks for is passed.
+    """
+    cls = import_class(config[part].class_path, part)
+    arguments = dict(vars(config[part].get("init_args") or Namespace()))
+    accepted = inspect.signature(cls).parameters
+    return cls(**arguments | {name: value for name, value in provided.items() if name in accepted})
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("expected a CUDA device, found none that torch can use: choose --device cpu or auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def dump(command: Callable[..., None], config: Namespace) -> str:
+    """A configuration as YAML that ``train --config`` reads; the folder of the run is no part of it."""
+    config = config.clone()
+    config.out = None
+    config.pop("config", None)
+    chosen = [word for part in PARTS if config.get(part) for word in (f"--{part}", config[part].class_path)]
+    return train_parser(command, chosen).dump(config)
+
+
+def load_config(command: Callable[..., None], run: str) -> Namespace:
+    """The configuration of a run folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"expected a run folder with a config.yaml, found none in {run}: pyro-vae train --out {run}")
+    argv = ["--config", str(path)]
+    return train_parser(command, argv).parse_args(argv)
+
+
+def open_run(command: Callable[..., None], run: str, device: str) -> tuple[Namespace, Any, VAE]:
+    """The configuration, the data set and the trained VAE of a run folder.
+
+    Args:
+        command: the function behind ``train``.
+        run: the run folder.
+        device: "auto", "cpu" or "cuda".
+    """
+    config = load_config(command, run)
+    config.device = device
+    data, vae = build(config)
+    load_model(Path(run) / "model.safetensors", vae)
+    return config, data, vae

@@ -1,0 +1,303 @@
+"""Training: SVI steps over shuffled batches, both curves, checkpoints.
+
+A step does what ``pyro.infer.SVI.step`` does, with one optimiser over all parameters and no copy to the host: losses
+add up on the device and are read once an epoch.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.infer
+import torch
+from pyro import poutine
+from pyro.optim import PyroOptim
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_vae.checkpoints import load_state, save_model, save_state, write_atomically
+from pyro_vae.contracts import check_support, check_vae, untouched
+from pyro_vae.estimates import elbo_terms
+from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.terms import Terms, collect
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class History(Mapping[str, list[float]]):
+    """What training recorded: ``history["elbo"]`` is one number an epoch, ``history.rows`` one dictionary an epoch.
+
+    Columns: ``epoch``; ``objective``, ``elbo``, ``log_px``, ``kl``: means over the training examples as they were
+    visited, nats per example; ``valid_elbo``, ``valid_elbo_se``, ``valid_log_px``, ``valid_kl``: held-out data at the
+    end of the epoch; ``seconds``.
+
+    Args:
+        rows: one dictionary an epoch.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        self.rows = list(rows)
+
+    def __getitem__(self, column: str) -> list[float]:
+        if not self.rows or column not in self.rows[0]:
+            raise KeyError(column)
+        return [row[column] for row in self.rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows[0] if self.rows else {})
+
+    def __len__(self) -> int:
+        return len(self.rows[0]) if self.rows else 0
+
+    def __repr__(self) -> str:
+        return f"History({len(self.rows)} epochs: {', '.join(self)})"
+
+
+def fit(
+    vae: Any,
+    x: Tensor,
+    *,
+    objective: pyro.infer.ELBO | None = None,
+    epochs: int = 50,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    optimizer: MakeOptimizer | PyroOptim | None = None,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    x_valid: Tensor | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = False,
+) -> History:
+    """Train a VAE by stochastic variational inference, and record the objective and the true ELBO.
+
+    Every epoch visits every example once in a new random order; the last batch may be smaller, none is dropped. The
+    loss of a batch is minus the sum of the objective over its examples, as in Pyro. Random numbers come from torch's
+    global state: call ``torch.manual_seed`` (or ``pyro.set_rng_seed``) before. Pyro's parameter store is left as found.
+
+    Args:
+        vae: a model with ``model``, ``guide`` and parameters, on the device where it shall be trained.
+        x: training data, [N, *E], on the same device; may be compact (bytes) if ``prepare`` makes floats of it.
+        objective: what to maximise: an objective of this library or of ``pyro.infer``; the ELBO by default.
+        epochs: passes over the data, those of a resumed run included.
+        batch_size: examples a step.
+        lr: learning rate of Adam, when no optimizer is given.
+        optimizer: parameters -> torch optimiser, or a ``pyro.optim`` one.
+        prepare: rows of x -> the batch that the model sees (binarisation, scaling); default: to floats.
+        x_valid: held-out data, [M, *E] in the model's own form; evaluated after each epoch without touching training.
+        folder: a run folder: after each epoch its state, model and metrics are replaced atomically.
+        resume: go on from the state in ``folder``, bit for bit; False refuses a folder that holds one.
+        on_epoch: called after each epoch with its row.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The history; see :class:`History`.
+
+    Raises:
+        TypeError, ValueError: the pieces or the data do not fit (see :func:`pyro_vae.check_vae`), a number is out of
+            range, the folder holds another run, or the objective became NaN.
+
+    Example:
+        >>> from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, StandardNormal
+        >>> _ = torch.manual_seed(0)
+        >>> vae = VAE(StandardNormal(2), Decoder(Mlp(2, 8, 7), Bernoulli()), DiagonalNormal(Mlp(7, 8, 4)))
+        >>> history = fit(vae, torch.ones(50, 7), epochs=3, batch_size=16, lr=0.01)
+        >>> history["elbo"][0] < history["elbo"][-1]
+        True
+    """
+    _check_range("epochs", epochs, 1)
+    _check_range("batch_size", batch_size, 1)
+    if not lr > 0:
+        raise ValueError(f"expected lr > 0, found {lr}.")
+    objective = ELBO() if objective is None else objective
+    if not isinstance(objective, pyro.infer.ELBO):
+        raise TypeError(
+            f"expected an objective such as ELBO() or pyro.infer.Trace_ELBO(), found {objective!r}: pass an instance."
+        )
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("expected a model with parameters to train, found none that require gradients.")
+    dtype = parameters[0].dtype
+    to_batch = _floats(prepare, dtype)
+    _check_data(vae, x, x_valid, to_batch, batch_size)
+
+    optim = _make_optimizer(optimizer, lr, parameters)
+    step = _step_of(objective, vae, optim)
+    settings: dict[str, Any] = {
+        "objective": repr(objective) if isinstance(objective, Objective) else type(objective).__name__,
+        "batch_size": batch_size,
+        "num_examples": len(x),
+        "optimizer": type(optim).__name__,
+    }
+    rows = _open(folder, resume, vae, optim, settings)
+
+    modes = {part: part.training for part in vae.modules()}
+    bar = tqdm(total=epochs * len(x), initial=len(rows) * len(x), unit="ex", disable=None if progress else True)
+    try:
+        with pyro.get_param_store().scope(), bar:
+            for epoch in range(len(rows) + 1, epochs + 1):
+                start = time.perf_counter()
+                bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+                vae.train()
+                totals = torch.zeros(4, dtype=torch.float64, device=x.device)
+                for index in torch.randperm(len(x), device=x.device).split(batch_size):
+                    totals += step(to_batch(x[index]))
+                    bar.update(len(index))
+                row = _row(epoch, totals / len(x), lr)
+                if x_valid is not None:
+                    valid = elbo_terms(vae, x_valid.to(dtype))
+                    row |= {f"valid_{name}": estimate.mean for name, estimate in valid.items()}
+                    row["valid_elbo_se"] = valid["elbo"].standard_error
+                rows.append(row | {"seconds": time.perf_counter() - start})
+                if folder is not None:
+                    _save(Path(folder), vae, optim, rows, settings)
+                if on_epoch is not None:
+                    on_epoch(rows[-1])
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return History(rows)
+
+
+def _check_range(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"expected {name} to be an integer >= {low}, found {value!r}.")
+
+
+def _floats(prepare: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    if prepare is None:
+        return lambda rows: rows.to(dtype)
+    return lambda rows: prepare(rows).to(dtype)
+
+
+def _check_data(
+    vae: Any, x: Tensor, x_valid: Tensor | None, to_batch: Callable[[Tensor], Tensor], batch_size: int
+) -> None:
+    """One dry run on the first rows, then the support of p(x | z) on all of the data; the random state is untouched."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) == 0:
+        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"expected training data [N, *E] with N >= 1, found {found}: pass a tensor of examples.")
+    devices = {str(t.device) for t in (x, x_valid, next(vae.parameters())) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"expected model and data on one device, found {sorted(devices)}: move them with .to(device).")
+    with untouched(vae):
+        first = to_batch(x[:batch_size])
+    if not all(hasattr(vae, part) for part in ("prior", "decoder", "encoder")):
+        return  # any other Pyro program: its own validation speaks
+    check_vae(vae, first)
+    with untouched(vae), pyro.validation_enabled(False):
+        p = vae.decoder(vae.encoder(first[:1]).mean)
+        blocks = [to_batch(rows) for rows in x.split(10_000)]
+        blocks += [] if x_valid is None else list(x_valid.split(10_000))
+        for block in blocks:
+            if not bool(torch.isfinite(block).all()):
+                raise ValueError("x has values that are NaN or infinite, expected finite ones: clean or mask them.")
+            check_support(p, block)
+
+
+def _make_optimizer(
+    optimizer: MakeOptimizer | PyroOptim | None, lr: float, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    if optimizer is None:
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    if isinstance(optimizer, PyroOptim):
+        if callable(optimizer.pt_optim_args):
+            raise ValueError(
+                "expected a pyro.optim optimiser with one dictionary of arguments, found one with arguments per "
+                "parameter: pass a function parameters -> torch optimiser with parameter groups."
+            )
+        return optimizer.pt_optim_constructor(parameters, **optimizer.pt_optim_args)  # type: ignore[operator]
+    return optimizer(parameters)
+
+
+def _step_of(objective: pyro.infer.ELBO, vae: Any, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor]:
+    """A function that takes one optimisation step on a batch and returns its sums: objective, ELBO, log p(x|z), KL."""
+
+    def own(x: Tensor) -> Tensor:
+        assert isinstance(objective, Objective)
+        optimizer.zero_grad(set_to_none=True)
+        terms = objective.draw(vae.model, vae.guide, x)
+        loss = objective.loss_of(terms)
+        loss.backward()
+        optimizer.step()
+        return _sums(-loss.detach(), terms)
+
+    def pyros(x: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        model, guide = _Recorder(vae.model), _Recorder(vae.guide)
+        loss = objective.loss_and_grads(model, guide, x)  # type: ignore[attr-defined]  # each subclass has it
+        optimizer.step()
+        value = -torch.as_tensor(loss, dtype=torch.float64, device=x.device)
+        try:
+            with torch.no_grad():
+                terms = collect(prune_subsample_sites(model.trace), prune_subsample_sites(guide.trace))
+        except (ValueError, RuntimeError, NotImplementedError):
+            return torch.stack([value, *value.new_full((3,), math.nan)])
+        return _sums(value, terms)
+
+    return own if isinstance(objective, Objective) else pyros
+
+
+class _Recorder:
+    """A Pyro program that keeps the trace of its latest run, so that Pyro's own objectives show their terms too."""
+
+    def __init__(self, program: Callable[..., Any]):
+        self.program = program
+
+    def __call__(self, *args: Any) -> Any:
+        self.trace = poutine.trace(self.program).get_trace(*args)
+        return self.trace.nodes["_RETURN"]["value"]
+
+
+def _sums(objective: Tensor, terms: Terms) -> Tensor:
+    log_px, kl = terms.log_px.detach(), (terms.log_qz - terms.log_pz).detach()
+    sums = [(terms.scale * part).mean(0).sum().double() for part in (log_px - kl, log_px, kl)]
+    return torch.stack([objective.double(), *sums])
+
+
+def _row(epoch: int, means: Tensor, lr: float) -> dict[str, Any]:
+    objective, elbo, log_px, kl = means.tolist()
+    if not math.isfinite(objective):
+        raise ValueError(
+            f"the objective became {objective} in epoch {epoch}, expected a finite number: lower the learning rate "
+            f"(lr={lr:g} unless an optimizer was given), standardise the encoder's input, or start at the data's mean."
+        )
+    return {"epoch": epoch, "objective": objective, "elbo": elbo, "log_px": log_px, "kl": kl}
+
+
+def _open(
+    folder: str | Path | None,
+    resume: bool,
+    vae: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    if folder is None:
+        if resume:
+            raise ValueError("expected a folder to resume from, found none: pass folder=...")
+        return []
+    state = Path(folder) / "state" / "latest.safetensors"
+    if resume:
+        return load_state(state, vae, optimizer, settings)
+    if state.exists():
+        raise ValueError(f"{folder} already holds a run, expected a fresh folder: choose another, or pass resume=True.")
+    return []
+
+
+def _save(
+    folder: Path,
+    vae: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    """The state first: the other two files can be made again from it."""
+    save_state(folder / "state" / "latest.safetensors", vae, optimizer, rows, settings)
+    save_model(folder / "model.safetensors", vae)
+    finite = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # JSON has no NaN
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in finite))

@@ -1,0 +1,37 @@
+"""Shared by all tests: no state leaks from one to the next, and where real data is found."""
+
+import os
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def clean_slate():
+    """A fixed seed, an empty parameter store, float32 by default and validation on; put back afterwards."""
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64():
+    """Numbers that are compared are computed in double precision."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real image sets: the environment variable PYRO_VAE_DATA, or shared/data beside the project."""
+    folder = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "MNIST" / "raw").is_dir():
+        pytest.skip(f"no MNIST/raw in {folder}: set PYRO_VAE_DATA to a folder that holds it")
+    return folder

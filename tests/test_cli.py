@@ -1,0 +1,321 @@
+"""The command line as a user meets it: five commands, their files, and mistakes told in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import pyro_vae
+from pyro_vae.cli import COMMANDS, main
+from pyro_vae.configuration import PARTS, plain
+
+QUICK = ["--epochs", "1", "--batch_size", "512", "--eval_particles", "3", "--figures", "false"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One small run with everything, shared by the tests that only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main(["train", "--out", str(folder), "--epochs", "2", "--batch_size", "512", "--eval_particles", "7"])
+    return folder
+
+
+def refused(capsys, *argv):
+    """Run a command that must fail; its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith("pyro-vae: error: ")
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+# ------------------------------------------------------------------------------------------------- the run folder
+
+
+def test_a_run_is_a_folder(trained):
+    files = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
+    figures = {"curves", "reconstructions", "samples", "latent", "manifold", "kl_per_dimension"}
+    assert files == {
+        "config.yaml",
+        "evaluation.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "report.html",
+        "state/latest.safetensors",
+        *(f"figures/{name}.png" for name in figures),
+    }
+    for name in figures:
+        with Image.open(trained / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+    evaluation = json.loads((trained / "evaluation.json").read_text(encoding="utf-8"))
+    by_name = {estimate["name"]: estimate for estimate in evaluation["estimates"]}
+    assert by_name["ELBO"]["num_particles"] == 7 and by_name["ELBO"]["num_examples"] == 359
+    assert by_name["ELBO"]["mean"] < by_name["log p(x)"]["mean"] < 0
+    assert by_name["ELBO"]["mean"] == pytest.approx(
+        by_name["E log p(x|z)"]["mean"] - by_name["KL(q(z|x), p(z))"]["mean"]
+    )
+    assert all(e["standard_error"] > 0 and e["policy"].startswith("Digits") for e in evaluation["estimates"])
+
+
+def test_an_epoch_is_a_line_and_the_end_says_what_next(capsys):
+    main(["train", *QUICK, "--epochs", "2", "--out", "here"])
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 2
+    for word in ("objective", "ELBO", "log p(x|z)", "KL", "held-out ELBO", "±", "nats per example", " s"):
+        assert word in lines[1]
+    assert "wrote      here" in out and "pyro-vae evaluate here" in out
+    assert "K=3, n=359" in out
+
+
+def test_without_out_a_fresh_folder_each_time():
+    main(["train", *QUICK])
+    main(["train", *QUICK])
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_the_configuration_of_a_run_rebuilds_it(capsys):
+    parts = ["--prior", "MixtureOfNormals", "--prior.num_components", "3", "--encoder", "FullNormal"]
+    parts += ["--networks", "ConvPair", "--networks.channels", "[4,8]", "--networks.hidden", "16"]
+    parts += ["--objective", "IWAE", "--objective.num_particles", "2", "--optimizer", "RMSprop"]
+    main(["train", *QUICK, *parts, "--out", "a"])
+    main(["train", "--config", "a/config.yaml", "--out", "b"])
+    assert Path("a/config.yaml").read_text() == Path("b/config.yaml").read_text()
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+    config = yaml.safe_load(Path("a/config.yaml").read_text())
+    assert config["likelihood"] == {
+        "class_path": "pyro_vae.likelihoods.Binomial",
+        "init_args": {"total_count": 16},
+    }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--prior VampPrior --prior.num_components 5",
+        "--objective Beta --objective.beta 4",
+        "--objective Trace_ELBO",
+        "--objective pyro.infer.TraceMeanField_ELBO",
+        "--objective TraceGraph_ELBO",
+        "--optimizer torch.optim.AdamW --optimizer.weight_decay 0.1",
+        "--likelihood Normal --likelihood.learn_scale false --start_at_data false --standardize false",
+        "--networks.hidden [7,6,5] --latent_dim 3",
+    ],
+)
+def test_every_part_is_an_argument(words):
+    main(["train", *QUICK, "--out", "run", *words.split()])
+    assert Path("run/evaluation.json").is_file()
+
+
+def test_classes_of_your_own(capsys):
+    Path("mine.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            from pyro.distributions import Laplace
+
+            class MyPrior(torch.nn.Module):
+                def __init__(self, latent_dim: int, width: float = 1.0):
+                    super().__init__()
+                    self.register_buffer("loc", torch.zeros(latent_dim))
+                    self.width = width
+
+                def forward(self):
+                    return Laplace(self.loc, self.width).to_event(1)
+            """
+        )
+    )
+    main(["train", *QUICK, "--out", "run", "--prior", "mine.MyPrior", "--prior.width", "0.5"])
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["prior"]["init_args"] == {"width": 0.5}
+    main(["evaluate", "run", "--num_particles", "2"])
+    assert "p(z) MyPrior" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- other commands
+
+
+def test_evaluate_prints_one_json_object_and_trains_nothing(trained, capsys):
+    before = (trained / "model.safetensors").read_bytes()
+    outputs = []
+    for _ in range(2):
+        main(["evaluate", str(trained), "--num_particles", "5", "--json"])
+        outputs.append(json.loads(capsys.readouterr().out))
+    assert outputs[0] == outputs[1]
+    assert outputs[0]["estimates"][0]["num_particles"] == 5
+    assert outputs[0] == json.loads((trained / "evaluation.json").read_text(encoding="utf-8"))
+    assert (trained / "model.safetensors").read_bytes() == before
+    main(["evaluate", str(trained), "--num_particles", "5"])
+    assert "log p(x)" in capsys.readouterr().out
+
+
+def test_sample_and_reconstruct_write_pictures_and_arrays(trained):
+    main(["sample", str(trained), "--num", "12", "--out", "s.png"])
+    main(["sample", str(trained), "--num", "12", "--out", "s.npy", "--mean", "false"])
+    draws = np.load("s.npy")
+    assert draws.shape == (12, 1, 8, 8) and set(np.unique(draws)) <= set(range(17))
+    main(["reconstruct", str(trained), "--index", "[1,3,7]", "--out", "r.npy"])
+    main(["reconstruct", str(trained)])
+    assert np.load("r.npy").shape == (3, 1, 8, 8)
+    for picture in ("s.png", trained / "reconstructions.png"):
+        with Image.open(picture) as image:
+            assert image.size[0] > 100
+    os.remove(trained / "reconstructions.png")
+
+
+def test_resume_goes_on_bit_for_bit():
+    main(["train", *QUICK, "--epochs", "4", "--out", "straight"])
+    main(["train", *QUICK, "--epochs", "2", "--out", "stopped"])
+    main(["resume", "stopped", "--epochs", "4"])
+    assert Path("straight/model.safetensors").read_bytes() == Path("stopped/model.safetensors").read_bytes()
+    assert len(Path("stopped/metrics.jsonl").read_text().splitlines()) == 4
+    assert yaml.safe_load(Path("stopped/config.yaml").read_text())["epochs"] == 4
+
+
+# ------------------------------------------------------------------------------------------------- data of one's own
+
+
+def test_a_table(capsys):
+    x = np.random.default_rng(0).normal(size=(60, 3)) @ np.array([[1, 2, 0], [0, 1, 1], [0, 0, 0.5]])
+    np.savetxt("t.csv", x, delimiter=",", header="a,b,c", comments="")
+    main(["train", *QUICK, "--figures", "true", "--out", "run", "--data", "Table", "--data.path", "t.csv"])
+    assert "HeteroscedasticNormal" in capsys.readouterr().out
+    main(["sample", "run", "--num", "4"])
+    assert np.load("run/samples.npy").shape == (4, 3)
+
+
+def test_arrays_and_folders_of_images():
+    rng = np.random.default_rng(0)
+    np.save("x.npy", rng.integers(0, 2, size=(40, 5)).astype(np.float32))
+    main(["train", *QUICK, "--out", "a", "--data", "ArrayFile", "--data.path", "x.npy"])
+    for i in range(12):
+        Path("pictures").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, size=(9, 12), dtype=np.uint8)).save(f"pictures/{i}.png")
+    words = ["--data", "ImageFolder", "--data.root", "pictures", "--data.size", "8", "--data.binarization", "dynamic"]
+    main(["train", *QUICK, "--out", "b", *words])
+    config = yaml.safe_load(Path("b/config.yaml").read_text())
+    assert config["likelihood"]["class_path"].endswith("Bernoulli")
+
+
+def test_mnist(real_data, capsys):
+    words = ["--data", "MNIST", "--data.root", str(real_data)]
+    main(["train", *QUICK, "--batch_size", "5000", "--out", "run", *words, "--networks.hidden", "[8]"])
+    out = capsys.readouterr().out
+    assert "MNIST, dynamic binarisation (test binarised once, seed 0), 60000 train / 10000 test" in out
+    assert "n=10000" in out
+
+
+def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
+    words = ["--data", "FashionMNIST", "--data.root", real_data, "--data.binarization", "grey"]
+    line = refused(capsys, "train", *QUICK, "--out", "run", *words, "--likelihood", "Bernoulli")
+    assert "x has values outside {0, 1}" in line and "binarise it" in line
+    assert not Path("run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("fly", "unknown command 'fly': choose one of train, evaluate, sample, reconstruct, resume"),
+        ("train --prior Nix", "unknown prior 'Nix': choose one of MixtureOfNormals, StandardNormal, VampPrior"),
+        ("train --prior nix.Nix", "cannot import prior 'nix.Nix'"),
+        ("train --prior math.pi", "expected prior 'math.pi' to be a class, found float"),
+        ("train --epochs ten", "--epochs: expected int, found ten."),
+        ("train --epochs 0", "expected epochs to be an integer >= 1, found 0"),
+        ("train --latent_dim 0", "--latent_dim: expected a number >= 1, found 0"),
+        ("train --lr -1", "expected lr > 0, found -1"),
+        ("train --prior.num_components 3", "--prior.num_components is no argument of the prior chosen"),
+        ("train --prior MixtureOfNormals --prior.num_components x", "num_components"),
+        ("train --nonsense 3", "--nonsense"),
+        ("train --config none.yaml", "cannot read the configuration none.yaml"),
+        ("train --config list.yaml", "expected list.yaml to hold a mapping"),
+        ("train --config odd.yaml", "odd"),
+        ("train --likelihood Bernoulli", "x has values outside {0, 1} (found"),
+        ("train --networks ConvPair --networks.channels [4,4,4,4]", "H and W multiples of 16, found (1, 8, 8)"),
+        ("train --data MNIST --data.root nowhere --data.download false", "train-images-idx3-ubyte"),
+        ("train --data Table --data.path none.csv", "none.csv"),
+        ("train --data Table", "path"),
+        ("evaluate nowhere", "expected a run folder with a config.yaml, found none in nowhere"),
+        ("evaluate", "run"),
+        ("resume nowhere", "expected a run folder"),
+        ("sample nowhere --num x", "--num: expected int, found x"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, words, expected):
+    Path("list.yaml").write_text("- 1\n")
+    Path("odd.yaml").write_text("odd: 1\n")
+    line = refused(capsys, *words.split()[:1], *(QUICK if words.startswith("train") else []), *words.split()[1:])
+    assert expected in line
+    assert not Path("runs").exists()
+
+
+def test_mistakes_about_an_existing_run(trained, capsys, tmp_path):
+    assert "already holds a run" in refused(capsys, "train", "--out", trained)
+    assert "expected indices 0..358" in refused(capsys, "reconstruct", trained, "--index", "[359]")
+    assert "expected --num >= 1" in refused(capsys, "sample", trained, "--num", "0")
+    assert "expected --out to end in .png or .npy" in refused(capsys, "sample", trained, "--out", "x.gif")
+    assert "expected num_particles to be an integer >= 1" in refused(
+        capsys, "evaluate", trained, "--num_particles", "0"
+    )
+    if not torch.cuda.is_available():
+        assert "expected a CUDA device" in refused(capsys, "evaluate", trained, "--device", "cuda")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    assert "expected a file" in refused(capsys, "evaluate", damaged)
+    (damaged / "model.safetensors").write_bytes(b"nonsense")
+    assert "not a readable safetensors file" in refused(capsys, "evaluate", damaged)
+
+
+def test_a_refused_run_leaves_nothing_behind(capsys):
+    refused(capsys, "train", *QUICK, "--likelihood", "Bernoulli", "--out", "run")
+    assert not Path("run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- help
+
+
+def test_help(capsys):
+    for argv in ([], ["--help"], *([name, "--help"] for name in COMMANDS), ["train", "--prior.help", "VampPrior"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and "usage" in out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for part in PARTS:
+        assert f"--{part}.help" in out
+    for words in ("The prior p(z)", "pyro_vae.VampPrior", "number of latent dimensions D", "pyro_vae.datasets.Table"):
+        assert words in out
+
+
+def test_messages_made_plain():
+    text = "Parser key \"epochs\": Expected a <class 'int'>. Got value: ten"
+    assert plain(text) == "--epochs: expected int, found ten."
+    assert plain("something else\n  over two lines") == "something else over two lines"
+
+
+def test_as_a_module_and_with_the_exit_code(monkeypatch):
+    command = [sys.executable, "-m", "pyro_vae"]
+    monkeypatch.setenv("PYTHONPATH", str(Path(pyro_vae.__file__).parents[1]))
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip().count(".") == 2
+    wrong = subprocess.run([*command, "evaluate", "nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1

@@ -1,0 +1,148 @@
+"""What the latent dimensions do: exact on principal component analysis, where every number is known."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from torch import nn
+
+from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, FullNormal, MixtureOfNormals, Mlp, StandardNormal
+from pyro_vae.diagnostics import active_units, kl_per_dimension
+from pyro_vae.estimates import elbo_terms
+from pyro_vae.exact import LinearGaussian
+
+K, B, D, E = 3, 5, 4, 7
+EIGENVALUES = (4.0, 2.0, 1.02, 1.005)  # the first D of the data's covariance; the others are 1
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """Numbers are compared, so they are doubles; one thread, for the tensors are small; an empty parameter store."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with pyro.get_param_store().scope():
+        yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+
+
+def data_of_known_covariance(rows=1000):
+    """Rows whose covariance has exactly the eigenvalues above, and 1 for the noise."""
+    x = torch.randn(rows, E)
+    x = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(rows)  # covariance I, exactly
+    directions = torch.linalg.qr(torch.randn(E, E)).Q
+    scales = torch.tensor([*EIGENVALUES, *[1.0] * (E - D)]).sqrt()
+    return (x * scales) @ directions.T + torch.arange(E)
+
+
+def principal_components(x):
+    return LinearGaussian.maximum_likelihood(x, D).as_vae(diagonal=True)
+
+
+def digits_vae(prior=None, encoder=None):
+    return VAE(
+        prior or StandardNormal(D),
+        Decoder(Mlp(D, 6, E), Bernoulli()),
+        encoder or DiagonalNormal(Mlp(E, 6, 2 * D)),
+    )
+
+
+def binary(rows=B):
+    return (torch.rand(rows, E) < 0.5).double()
+
+
+@pytest.mark.parametrize("batch_size", [1000, 300])
+def test_kl_of_principal_components(batch_size):
+    """At the optimum, each dimension's KL is half the logarithm of its eigenvalue over the noise: its information."""
+    x = data_of_known_covariance()
+    kl = kl_per_dimension(principal_components(x), x, batch_size=batch_size)
+    torch.testing.assert_close(kl, 0.5 * torch.tensor(EIGENVALUES).log(), rtol=0, atol=1e-10)
+
+
+def test_kl_of_a_hand_made_posterior():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            loc = torch.stack([x[..., 0], torch.zeros(x.shape[:-1])], -1)
+            return dist.Normal(loc, torch.tensor([1.0, 0.5])).to_event(1)
+
+    vae = VAE(StandardNormal(2, scale=2.0), Decoder(Mlp(2, E), Bernoulli()), Fixed())
+    x = torch.zeros(2, E)
+    x[:, 0] = torch.tensor([1.0, 3.0])  # mean of squares 5
+    first = math.log(2) + (1 + 5) / 8 - 0.5
+    second = math.log(4) + 0.25 / 8 - 0.5
+    torch.testing.assert_close(kl_per_dimension(vae, x), torch.tensor([first, second]))
+
+
+def test_kl_sums_to_the_term_of_the_elbo():
+    vae, x = digits_vae(), binary(50)
+    kl = kl_per_dimension(vae, x)
+    assert kl.shape == (D,) and (kl >= 0).all() and not kl.requires_grad
+    num_particles = 500
+    sampled = elbo_terms(vae, x, num_particles)["kl"]
+    q = vae.encoder(x)
+    exact = torch.distributions.kl_divergence(q, vae.prior().expand([len(x)])).detach()
+    assert kl.sum() == pytest.approx(exact.mean().item(), abs=1e-12)
+    error = sampled.values - exact  # of independent draws
+    assert abs(sampled.mean - kl.sum()) < 4 * error.std() / math.sqrt(len(x))
+
+
+def test_active_units_of_principal_components():
+    """The posterior means have variance 1 - noise / eigenvalue: active where the eigenvalue exceeds noise / 0.99."""
+    x = data_of_known_covariance()
+    vae = principal_components(x)
+    means = vae.encoder(x).mean
+    variance = means.var(0, correction=0)
+    torch.testing.assert_close(variance, 1 - 1 / torch.tensor(EIGENVALUES), rtol=0, atol=1e-10)
+    active = active_units(vae, x)
+    assert active.dtype == torch.bool
+    assert active.tolist() == [value > 1 / 0.99 for value in EIGENVALUES] == [True, True, True, False]
+    assert active_units(vae, x, threshold=0.6).tolist() == [True, False, False, False]
+    assert active_units(vae, x, batch_size=300).equal(active)
+
+
+def test_collapsed_dimensions():
+    x = data_of_known_covariance()
+    vae = principal_components(x)
+    with torch.no_grad():
+        vae.encoder.net.weight[1], vae.encoder.net.bias[1] = 0, 0  # the mean of dimension 1 ...
+        vae.encoder.net.weight[D + 1], vae.encoder.net.bias[D + 1] = 0, 0  # ... and the logarithm of its scale
+    assert kl_per_dimension(vae, x)[1] == 0
+    assert active_units(vae, x).tolist() == [True, False, True, False]
+
+
+def test_active_units_need_a_mean_only():
+    encoder = FullNormal(Mlp(E, 6, FullNormal.num_outputs(D)))
+    vae = digits_vae(MixtureOfNormals(D, num_components=3), encoder)
+    assert active_units(vae, binary(50)).shape == (D,)
+
+
+@pytest.mark.parametrize(
+    ("prior", "encoder", "message"),
+    [
+        (lambda: MixtureOfNormals(D, num_components=3), lambda: None, r"found prior\(\) of type MixtureSameFamily"),
+        (lambda: None, lambda: FullNormal(Mlp(E, 6, FullNormal.num_outputs(D))), r"found encoder\(x\) of type Multi"),
+    ],
+    ids=["mixture prior", "full normal"],
+)
+def test_kl_per_dimension_refuses_what_does_not_factorise(prior, encoder, message):
+    with pytest.raises(ValueError, match=f"expected diagonal normals, {message}.*use active_units instead"):
+        kl_per_dimension(digits_vae(prior(), encoder()), binary())
+
+
+@pytest.mark.parametrize("diagnostic", [kl_per_dimension, active_units])
+def test_nothing_is_changed(diagnostic):
+    encoder = nn.Sequential(nn.Linear(E, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2 * D))
+    vae, x = digits_vae(encoder=DiagonalNormal(encoder)), binary(50)
+    encoder[0].eval()
+    before = {name: t.clone() for name, t in vae.state_dict().items()}
+    flags, state = [part.training for part in vae.modules()], torch.get_rng_state()
+    first = diagnostic(vae, x)
+    assert first.equal(diagnostic(vae, x, batch_size=50)), "evaluation mode: batches do not matter, nothing is drawn"
+    assert all(torch.equal(t, before[name]) for name, t in vae.state_dict().items())
+    assert flags == [part.training for part in vae.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+    assert list(pyro.get_param_store()) == []
