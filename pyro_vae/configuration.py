@@ -16,7 +16,20 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from torch import nn
 
-from pyro_vae import datasets, encoders, likelihoods, networks, objectives, priors
+from pyro_vae import (
+    counts,
+    datasets,
+    encoders,
+    files,
+    flow_encoders,
+    flow_priors,
+    likelihoods,
+    networks,
+    objectives,
+    pairs,
+    pixels,
+    priors,
+)
 from pyro_vae.checkpoints import load_model
 from pyro_vae.contracts import Encoder, Likelihood, Prior
 from pyro_vae.decoders import Decoder
@@ -29,11 +42,11 @@ class UsageError(Exception):
 
 # The parts of a run: what a class of the part derives from, and the modules where its short name is looked up.
 PARTS: dict[str, tuple[type, tuple[Any, ...]]] = {
-    "data": (datasets.DataSet, (datasets,)),
-    "prior": (Prior, (priors,)),
-    "likelihood": (Likelihood, (likelihoods,)),
-    "encoder": (Encoder, (encoders,)),
-    "networks": (networks.NetworkPair, (networks,)),
+    "data": (datasets.DataSet, (datasets, files)),
+    "prior": (Prior, (priors, flow_priors)),
+    "likelihood": (Likelihood, (likelihoods, pixels, counts)),
+    "encoder": (Encoder, (encoders, flow_encoders)),
+    "networks": (networks.NetworkPair, (networks, pairs)),
     "objective": (pyro.infer.ELBO, (objectives, pyro.infer)),
     "optimizer": (torch.optim.Optimizer, (torch.optim,)),
 }
@@ -177,11 +190,12 @@ def train_parser(command: Callable[..., None], argv: Sequence[str]) -> ArgumentP
     return parser
 
 
-def build(config: Namespace) -> tuple[Any, VAE]:
+def build(config: Namespace, trained: bool = False) -> tuple[Any, VAE]:
     """The data set and the untrained VAE that a configuration describes, on its device.
 
     Args:
         config: a parsed configuration of ``train``; its likelihood is filled in where it was left to the data.
+        trained: parameters will be loaded, so where they start does not matter.
 
     Returns:
         The data set and the VAE.
@@ -205,7 +219,7 @@ def build(config: Namespace) -> tuple[Any, VAE]:
     pair = make(config, "networks")
     # An encoder class that does not say how many outputs it wants gets a mean and a scale for each dimension.
     family = import_class(config.encoder.class_path, "encoder")
-    num_outputs = family.num_outputs(config.latent_dim) if hasattr(family, "num_outputs") else 2 * config.latent_dim
+    num_outputs = _num_outputs(family, config) if hasattr(family, "num_outputs") else 2 * config.latent_dim
     net = pair.encoder(event_shape, num_outputs)
     if config.standardize:
         net = nn.Sequential(networks.Standardize(x.mean(), x.std().clamp(min=1e-6)), net)
@@ -213,10 +227,17 @@ def build(config: Namespace) -> tuple[Any, VAE]:
 
     output_shape = (getattr(likelihood, "num_outputs", 1) * event_shape[0], *event_shape[1:])
     decoder = Decoder(pair.decoder(config.latent_dim, output_shape), likelihood)
-    if config.start_at_data and hasattr(likelihood, "output_bias"):
+    if config.start_at_data and not trained and hasattr(likelihood, "output_bias"):
         decoder.start_at_data(x)
     prior = make(config, "prior", latent_dim=config.latent_dim, encoder=encoder, pseudo_inputs=x)
     return data.to(device), VAE(prior, decoder, encoder).to(device)
+
+
+def _num_outputs(family: Any, config: Namespace) -> int:
+    """``num_outputs`` of an encoder class, asked with those of the constructor's arguments that it depends on."""
+    arguments = vars(config.encoder.get("init_args") or Namespace())
+    accepted = inspect.signature(family.num_outputs).parameters
+    return family.num_outputs(config.latent_dim, **{k: v for k, v in arguments.items() if k in accepted})
 
 
 def make(config: Namespace, part: str, **provided: Any) -> Any:
@@ -227,8 +248,15 @@ def make(config: Namespace, part: str, **provided: Any) -> Any:
         part: which part.
         **provided: what the run can give; only what the constructor asks for is passed.
     """
-    cls = import_class(config[part].class_path, part)
-    arguments = dict(vars(config[part].get("init_args") or Namespace()))
+    return _construct(config[part], part, provided)
+
+
+def _construct(spec: Namespace, part: str, provided: dict[str, Any]) -> Any:
+    cls = import_class(spec.class_path, part)
+    arguments = dict(vars(spec.get("init_args") or Namespace()))
+    for name, value in arguments.items():
+        if isinstance(value, Namespace) and "class_path" in value:  # a part inside a part: Masked(Bernoulli())
+            arguments[name] = _construct(value, part, provided)
     accepted = inspect.signature(cls).parameters
     return cls(**arguments | {name: value for name, value in provided.items() if name in accepted})
 
@@ -273,6 +301,6 @@ def open_run(command: Callable[..., None], run: str, device: str) -> tuple[Names
     """
     config = load_config(command, run)
     config.device = device
-    data, vae = build(config)
+    data, vae = build(config, trained=True)
     load_model(Path(run) / "model.safetensors", vae)
     return config, data, vae

@@ -192,12 +192,6 @@ def check_vae(vae: Any, x: Tensor) -> None:
             )
 
         z = q.sample()
-        log_pz = prior.log_prob(z)
-        if not bool(torch.isfinite(log_pz).all()):
-            raise ValueError(
-                "prior() gives draws of encoder(x) no density (log p(z) is infinite or NaN): "
-                "choose a posterior whose support lies within the prior's, and scale the encoder's input."
-            )
         for particles in ((2,), ()):
             zs = z.expand(particles + z.shape)
             call = "decoder(z)" if not particles else f"decoder(z) with z of shape {_shape(zs.shape)}"
@@ -213,6 +207,12 @@ def check_vae(vae: Any, x: Tensor) -> None:
                     "make the last layer of the decoder's network as wide as x (times the likelihood's num_outputs)."
                 )
         check_support(p, x)
+        log_pz = prior.log_prob(z)
+        if not bool(torch.isfinite(log_pz).all()):
+            raise ValueError(
+                "prior() gives draws of encoder(x) no density (log p(z) is infinite or NaN): "
+                "choose a posterior whose support lies within the prior's, and scale the encoder's input."
+            )
 
 
 def _run(piece: Callable[[Tensor], Any], value: Tensor, call: str) -> Any:

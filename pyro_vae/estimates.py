@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_vae.contracts import untouched
@@ -84,7 +85,8 @@ def elbo_terms(
         max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes.
 
     Returns:
-        Estimates named "elbo", "log_px" and "kl", nats per example.
+        Estimates named "elbo", "log_px" and "kl", nats per example. With a point-mass guide (Delta) these are
+        no ELBO and no KL, and their ``name`` says so.
 
     Raises:
         ValueError: num_particles < 1 or no example.
@@ -97,14 +99,21 @@ def elbo_terms(
         True
     """
     log_px, kl = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
+    names = ("ELBO", "E log p(x|z)", "KL(q(z|x), p(z))")
     with untouched(vae, seed):
         for rows, terms in _passes(vae, x, num_particles, max_elements):
+            if _has_point_mass(terms):
+                names = (
+                    "log p(x, z) at the code (no bound)",
+                    "log p(x|z) at the code",
+                    "-log p(z) at the code",
+                )
             log_px[rows] += terms.log_px.sum(0, dtype=torch.float64) / num_particles
             kl[rows] += (terms.log_qz - terms.log_pz).sum(0, dtype=torch.float64) / num_particles
     return {
-        "elbo": Estimate("ELBO", log_px - kl, num_particles, policy),
-        "log_px": Estimate("E log p(x|z)", log_px, num_particles, policy),
-        "kl": Estimate("KL(q(z|x), p(z))", kl, num_particles, policy),
+        "elbo": Estimate(names[0], log_px - kl, num_particles, policy),
+        "log_px": Estimate(names[1], log_px, num_particles, policy),
+        "kl": Estimate(names[2], kl, num_particles, policy),
     }
 
 
@@ -144,7 +153,7 @@ def log_evidence(
         An estimate, nats per example, higher is better.
 
     Raises:
-        ValueError: num_particles < 1 or no example.
+        ValueError: num_particles < 1, no example, or the guide is a point mass.
 
     Source: Burda, Grosse, Salakhutdinov (2016), section 5 (L_5000), arXiv:1509.00519.
 
@@ -157,6 +166,11 @@ def log_evidence(
     log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     with untouched(vae, seed):
         for rows, terms in _passes(vae, x, num_particles, max_elements):
+            if _has_point_mass(terms):
+                raise ValueError(
+                    "expected a guide with a density, found a point mass (Delta): log p(x) cannot be estimated; "
+                    "use another posterior, for example DiagonalNormal."
+                )
             log_sum[rows] = torch.logaddexp(log_sum[rows], terms.log_w.double().logsumexp(0))
     return Estimate("log p(x)", log_sum - math.log(num_particles), num_particles, policy)
 
@@ -180,3 +194,14 @@ def _passes(vae: Any, x: Tensor, num_particles: int, max_elements: int) -> Itera
                     f"{tuple(terms.log_px.shape)}: put all sites of model and guide in one plate over the examples."
                 )
             yield rows, terms
+
+
+def _has_point_mass(terms: Terms) -> bool:
+    """Whether the guide puts a latent variable on one point: its log q is 0 by convention, not a density."""
+    for site in terms.guide_trace.nodes.values():
+        fn: Any = site.get("fn")
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        if site["type"] == "sample" and not site["is_observed"] and isinstance(fn, Delta):
+            return True
+    return False

@@ -5,10 +5,14 @@ event shape E. Scores are nats, summed over the E axes.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro import distributions as dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import SigmoidTransform, biject_to, constraints, transform_to
 from torch.nn.functional import softplus
 
 from pyro_vae.contracts import Distribution, Likelihood
@@ -18,6 +22,30 @@ _CLIP = 1e-3  # a mean of exactly 0 or 1 would need an infinite logit; Burda et 
 
 def _logit(mean: Tensor) -> Tensor:
     return mean.clamp(_CLIP, 1 - _CLIP).logit()
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """The number whose softplus is ``value`` > 0."""
+    return value + torch.log(-torch.expm1(-value))
+
+
+def split_outputs(likelihood: Likelihood, h: Tensor) -> Sequence[Tensor]:
+    """The num_outputs parts of a network's output, each [*batch, *E].
+
+    Args:
+        likelihood: says how many parts, and how many axes E has.
+        h: the network's output, [*batch, num_outputs * E[0], *E[1:]].
+
+    Raises:
+        ValueError: the parts would not be equal.
+    """
+    parts, axis = likelihood.num_outputs, -likelihood.event_dim
+    if h.shape[axis] % parts:  # unequal parts would broadcast
+        raise ValueError(
+            f"{type(likelihood).__name__} expected {parts} E outputs of the network, found {h.shape[axis]} on axis "
+            f"{axis}: make its last layer {'twice' if parts == 2 else f'{parts} times'} as wide as x."
+        )
+    return h.chunk(parts, dim=axis)
 
 
 class Bernoulli(Likelihood):
@@ -121,13 +149,44 @@ class Binomial(Likelihood):
         return _logit(mean / self.total_count)
 
 
-class Normal(Likelihood):
+class _LocationScale(Likelihood):
+    """One scale for all of x, fixed or learned; the network gives the location."""
+
+    log_scale: Tensor
+
+    def __init__(self, scale: float, learn_scale: bool, event_dim: int):
+        super().__init__(event_dim)
+        if not scale > 0:
+            raise ValueError(f"expected scale > 0, found {scale}: it is the width of a density.")
+        self.learn_scale = learn_scale
+        log_scale = torch.tensor(math.log(scale))
+        if learn_scale:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, a scalar tensor."""
+        return self.log_scale.exp()
+
+    def extra_repr(self) -> str:
+        """Show the current scale."""
+        return f"scale={self.scale.item():.4g}, learn_scale={self.learn_scale}, {super().extra_repr()}"
+
+    def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """The mean."""
+        return mean
+
+
+class Normal(_LocationScale):
     r"""Normal likelihood with one scale for all of x; the network gives the mean.
 
     .. math:: p(x \mid h) = \prod_i \mathcal N(x_i; h_i, \sigma^2)
 
     A fixed scale is a weight: the log-likelihood is the squared error times -1/(2 sigma^2) plus a constant, so
-    sigma^2 = 1/2 is "sum of squares against KL". A learned one settles at sigma^2 = mean squared error.
+    sigma^2 = 1/2 is "sum of squares against KL". A learned one settles at sigma^2 = mean squared error, the optimum
+    that could also be computed for each batch from x; that would be no p(x | h), which must not know the x it scores.
 
     Args:
         scale: the standard deviation sigma (where learning starts, if it is learned).
@@ -145,35 +204,83 @@ class Normal(Likelihood):
         tensor(0.5000)
     """
 
-    log_scale: Tensor
-
     def __init__(self, scale: float = 1.0, learn_scale: bool = True, event_dim: int = 1):
-        super().__init__(event_dim)
-        if not scale > 0:
-            raise ValueError(f"expected scale > 0, found {scale}: it is a standard deviation.")
-        self.learn_scale = learn_scale
-        log_scale = torch.tensor(math.log(scale))
-        if learn_scale:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
-
-    @property
-    def scale(self) -> Tensor:
-        """The standard deviation sigma, a scalar tensor."""
-        return self.log_scale.exp()
-
-    def extra_repr(self) -> str:
-        """Show the current scale."""
-        return f"scale={self.scale.item():.4g}, learn_scale={self.learn_scale}, {super().extra_repr()}"
+        super().__init__(scale, learn_scale, event_dim)
 
     def forward(self, h: Tensor) -> Distribution:
         """The distribution p(x | h)."""
         return dist.Normal(h, self.scale.expand_as(h)).to_event(self.event_dim)
 
-    def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
-        """The mean."""
-        return mean
+
+class Laplace(_LocationScale):
+    r"""Laplace likelihood with one scale for all of x; the network gives the location, which is mean and median.
+
+    .. math:: p(x \mid h) = \prod_i \frac{1}{2 b} \exp\left(-\frac{|x_i - h_i|}{b}\right)
+
+    The absolute error in place of the squared one: an outlier pulls no harder than any other number. A learned b
+    settles at the mean absolute error; the standard deviation is b times the square root of 2.
+
+    Args:
+        scale: the mean absolute deviation b (where learning starts, if it is learned).
+        learn_scale: learn b as one parameter instead of fixing it.
+        event_dim: axes of one example: 1 for vectors [E], 3 for images [C, H, W].
+
+    Raises:
+        ValueError: scale <= 0.
+
+    Source: the definition.
+
+    Example:
+        >>> Laplace(scale=0.5)(torch.zeros(5, 7)).log_prob(torch.zeros(7)).detach()
+        tensor([0., 0., 0., 0., 0.])
+    """
+
+    def __init__(self, scale: float = 1.0, learn_scale: bool = True, event_dim: int = 1):
+        super().__init__(scale, learn_scale, event_dim)
+
+    def forward(self, h: Tensor) -> Distribution:
+        """The distribution p(x | h)."""
+        return dist.Laplace(h, self.scale.expand_as(h)).to_event(self.event_dim)
+
+
+class StudentT(_LocationScale):
+    r"""Student's t likelihood with one scale for all of x; the network gives the location.
+
+    .. math:: p(x \mid h) = \prod_i \frac{\Gamma(\frac{\nu + 1}{2})}{\Gamma(\frac \nu 2) \sqrt{\pi \nu} \, s}
+        \left(1 + \frac{(x_i - h_i)^2}{\nu s^2}\right)^{-(\nu + 1) / 2}
+
+    The pull of an outlier falls again beyond s times the square root of nu: gross errors in the data are left alone.
+    The standard deviation is s times the square root of nu / (nu - 2), infinite for nu <= 2.
+
+    Args:
+        df: degrees of freedom nu: small for heavy tails; the normal likelihood is the limit.
+        scale: the scale s (where learning starts, if it is learned).
+        learn_scale: learn s as one parameter instead of fixing it.
+        event_dim: axes of one example: 1 for vectors [E], 3 for images [C, H, W].
+
+    Raises:
+        ValueError: df <= 1, scale <= 0.
+
+    Source: the definition.
+
+    Example:
+        >>> StudentT(df=4.0, scale=0.5)(torch.zeros(5, 7)).variance[0, 0].detach()
+        tensor(0.5000)
+    """
+
+    def __init__(self, df: float = 5.0, scale: float = 1.0, learn_scale: bool = True, event_dim: int = 1):
+        super().__init__(scale, learn_scale, event_dim)
+        if not df > 1:
+            raise ValueError(f"expected df > 1, found {df}: with less, x has no mean to show.")
+        self.df = df
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments and the current scale."""
+        return f"df={self.df:g}, {super().extra_repr()}"
+
+    def forward(self, h: Tensor) -> Distribution:
+        """The distribution p(x | h)."""
+        return dist.StudentT(self.df, h, self.scale.expand_as(h)).to_event(self.event_dim)
 
 
 class HeteroscedasticNormal(Likelihood):
@@ -212,15 +319,216 @@ class HeteroscedasticNormal(Likelihood):
 
     def forward(self, h: Tensor) -> Distribution:
         """The distribution p(x | h)."""
-        if h.shape[-self.event_dim] % 2:  # unequal halves would broadcast
-            raise ValueError(
-                f"HeteroscedasticNormal expected 2 E outputs of the network, found {h.shape[-self.event_dim]} on axis "
-                f"{-self.event_dim}: make its last layer twice as wide as x."
-            )
-        loc, raw = h.chunk(2, dim=-self.event_dim)
+        loc, raw = split_outputs(self, h)
         return dist.Normal(loc, self.min_scale + softplus(raw)).to_event(self.event_dim)
 
     def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
         """The mean, and the inverse softplus of the scale."""
-        excess = (scale - self.min_scale).clamp(min=1e-3)
-        return torch.cat([mean, excess + torch.log(-torch.expm1(-excess))])
+        return torch.cat([mean, inverse_softplus((scale - self.min_scale).clamp(min=1e-3))])
+
+
+class _OpenUnitInterval(constraints.interval):
+    """The real numbers above 0 and below 1."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 1.0)
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether 0 < value < 1."""
+        return (value > 0) & (value < 1)
+
+    def __repr__(self) -> str:
+        return "0 < x < 1"
+
+
+biject_to.register(_OpenUnitInterval, lambda _: SigmoidTransform())
+transform_to.register(_OpenUnitInterval, lambda _: SigmoidTransform())
+
+
+class _BetaInside(dist.Beta):
+    """Pyro's beta distribution without the two end points, where its density is zero or infinite."""
+
+    support = _OpenUnitInterval()
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """A draw; one that rounding moved to an end point is moved back."""
+        x = super().rsample(sample_shape)
+        info = torch.finfo(x.dtype)
+        return x.clamp(info.tiny, 1 - info.eps)
+
+
+class Beta(Likelihood):
+    r"""Beta likelihood for x strictly between 0 and 1, such as rates; the network gives mean and concentration.
+
+    .. math:: p(x \mid h) = \prod_i \mathrm{Beta}(x_i; m_i c_i, (1 - m_i) c_i), \qquad h = (a, r), \quad
+        m_i = \sigma(a_i), \quad \frac{1}{c_i - 2} = \frac{1}{c_{\max} - 2} + \frac{1}{\operatorname{softplus}(r_i)}
+
+    The variance is m (1 - m) / (1 + c); c = 2 is the uniform density where m = 1/2, and c_max keeps it bounded inside.
+    Values of exactly 0 or 1, where it is zero or infinite, are refused: move them inside, or use
+    :class:`ContinuousBernoulli`.
+
+    Args:
+        max_concentration: what the concentration c stays below.
+        event_dim: axes of one example: 1 for vectors [E], 3 for images [C, H, W].
+
+    Raises:
+        ValueError: max_concentration <= 2, or an odd number of outputs.
+
+    Source: Ferrari, Cribari-Neto (2004), Beta regression for modelling rates and proportions.
+
+    Example:
+        >>> Beta()(torch.zeros(5, 2 * 7)).mean[0, 0]
+        tensor(0.5000)
+    """
+
+    num_outputs = 2
+
+    def __init__(self, max_concentration: float = 1e4, event_dim: int = 1):
+        super().__init__(event_dim)
+        if not max_concentration > 2:
+            raise ValueError(f"expected max_concentration > 2, found {max_concentration}: 2 is the uniform density.")
+        self.max_concentration = max_concentration
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments."""
+        return f"max_concentration={self.max_concentration:g}, {super().extra_repr()}"
+
+    def forward(self, h: Tensor) -> Distribution:
+        """The distribution p(x | h)."""
+        logit, raw = split_outputs(self, h)
+        mean, free = logit.sigmoid().clamp(1e-6, 1 - 1e-6), softplus(raw)  # both parameters must stay positive
+        concentration = 2 + free / (1 + free / (self.max_concentration - 2))
+        return _BetaInside(mean * concentration, (1 - mean) * concentration).to_event(self.event_dim)
+
+    def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """The logit of the mean, clipped to [0.001, 0.999], and the concentration with the scale, within its limits."""
+        mean, limit = mean.clamp(_CLIP, 1 - _CLIP), self.max_concentration - 2
+        above = (mean * (1 - mean) / scale.clamp(min=1e-6) ** 2 - 3).clamp(0.01 * min(limit, 1.0), 0.9 * limit)
+        return torch.cat([mean.logit(), inverse_softplus(above / (1 - above / limit))])
+
+
+class _OrMissing(constraints.Constraint):
+    """The values of another constraint, and NaN."""
+
+    def __init__(self, base_constraint: Any, filler: float):
+        self.base_constraint, self.filler = base_constraint, filler
+        super().__init__()
+
+    @property
+    def is_discrete(self) -> bool:  # type: ignore[override]  # a class attribute in torch
+        return self.base_constraint.is_discrete
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each number is missing or a value of the other constraint."""
+        return self.base_constraint.check(value.masked_fill(value.isnan(), self.filler))
+
+    def __repr__(self) -> str:
+        limits = (getattr(self.base_constraint, name, None) for name in ("lower_bound", "upper_bound"))
+        shown = ", ".join(f"{float(torch.as_tensor(limit).max()):g}" for limit in limits if limit is not None)
+        return f"{type(self.base_constraint).__name__.removeprefix('_')}({shown}) or NaN"
+
+
+def _filler(support: Any) -> float:
+    """Some value of a support of single numbers."""
+    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    if low is None:
+        return 0.0 if high is None else float(high) - 1
+    return float(low) if support.is_discrete else float(low) + 1 if high is None else (float(low) + float(high)) / 2
+
+
+class WithMissing(TorchDistribution):
+    """A distribution of single numbers that scores NaN, a missing number, as log 1 = 0.
+
+    Args:
+        base: the distribution of the numbers that are there, event shape ().
+        validate_args: check values (None: as Pyro is set).
+
+    Example:
+        >>> WithMissing(dist.Normal(torch.zeros(2), 1.0)).log_prob(torch.tensor([0.0, math.nan]))
+        tensor([-0.9189,  0.0000])
+    """
+
+    arg_constraints = {}  # noqa: RUF012  # torch's convention
+
+    def __init__(self, base: Any, validate_args: bool | None = None):
+        self.base, self._filler = base, _filler(base.support)
+        super().__init__(base.batch_shape, validate_args=validate_args)
+
+    @constraints.dependent_property
+    def support(self) -> Any:
+        """The support of the numbers that are there, and NaN."""
+        return _OrMissing(self.base.support, self._filler)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "WithMissing":
+        """The same distribution with a larger batch."""
+        return WithMissing(self.base.expand(torch.Size(batch_shape)), validate_args=self._validate_args)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws; nothing in them is missing."""
+        return self.base.sample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of what is there, and 0 of what is missing."""
+        if self._validate_args:
+            self._validate_sample(value)
+        missing = value.isnan()
+        return self.base.log_prob(value.masked_fill(missing, self._filler)).masked_fill(missing, 0.0)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean."""
+        return self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance."""
+        return self.base.variance
+
+
+class Masked(Likelihood):
+    r"""Another likelihood, for data with missing numbers: NaN in x counts for nothing.
+
+    .. math:: p(x_{\mathrm{there}} \mid h) = \prod_{i : x_i \text{ is there}} p(x_i \mid h)
+
+    The numbers of x must be independent given h; then this is the exact marginal of what is there. Draws and the mean
+    are complete: they fill the gaps, ``torch.where(x.isnan(), p.mean, x)``. The encoder sees NaN too and has to cope.
+
+    Args:
+        likelihood: the likelihood of complete data.
+
+    Raises:
+        ValueError: the likelihood does not treat the numbers of x one by one.
+
+    Source: Nazabal, Olmos, Ghahramani, Valera (2020), Handling incomplete heterogeneous data using VAEs,
+        arXiv:1807.03653.
+
+    Example:
+        >>> x = torch.tensor([1.0, math.nan, 1.0])
+        >>> Masked(Bernoulli())(torch.zeros(3)).log_prob(x) / math.log(2)
+        tensor(-2.)
+    """
+
+    def __init__(self, likelihood: Likelihood):
+        super().__init__(likelihood.event_dim)
+        self.likelihood, self.num_outputs = likelihood, likelihood.num_outputs
+
+    def extra_repr(self) -> str:
+        """Nothing: the likelihood inside shows the arguments."""
+        return ""
+
+    def forward(self, h: Tensor) -> Distribution:
+        """The distribution p(x | h)."""
+        p: Any = self.likelihood(h)
+        rank = len(p.event_shape)
+        while isinstance(p, torch.distributions.Independent):
+            p = p.base_dist
+        if len(p.event_shape):
+            raise ValueError(
+                f"expected a likelihood of independent numbers, found {type(p).__name__} with event shape "
+                f"{tuple(p.event_shape)}: the missing part of a joint distribution is not left out by masking."
+            )
+        return WithMissing(p).to_event(rank)
+
+    def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """That of the likelihood inside; take mean and scale over the numbers that are there."""
+        return self.likelihood.output_bias(mean, scale)

@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,38 @@ class Mlp(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
+class GatedMlp(nn.Sequential):
+    r"""A perceptron whose hidden layers are gated: each number is let through by a factor in (0, 1).
+
+    .. math:: h' = (A h + a) \odot \sigma(C h + c)
+
+    The gates take the place of an activation; a hidden layer has twice the parameters of an ungated one.
+
+    Args:
+        *sizes: input size, hidden sizes, output size: at least two.
+
+    Raises:
+        ValueError: fewer than two sizes, or one below 1.
+
+    Source: Dauphin et al. (2017), Language modeling with gated convolutional networks, arXiv:1612.08083; inside VAEs
+        Tomczak, Welling (2018), VAE with a VampPrior, arXiv:1705.07120.
+
+    Example:
+        >>> GatedMlp(64, 128, 4)(torch.zeros(3, 5, 64)).shape
+        torch.Size([3, 5, 4])
+    """
+
+    def __init__(self, *sizes: int):
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(
+                f"expected at least two sizes >= 1, found {sizes}: GatedMlp(inputs, hidden, ..., outputs)."
+            )
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(sizes[:-1]):
+            layers += [nn.Linear(inputs, 2 * outputs), nn.GLU()]
+        super().__init__(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
 class OverBatch(nn.Module):
     """Let a network that takes exactly one batch axis (a convolution, say) take any number of them.
 
@@ -61,6 +94,8 @@ class OverBatch(nn.Module):
 class Standardize(nn.Module):
     """Shift and scale the input to mean 0 and standard deviation 1, by fixed numbers taken from the data.
 
+    A floating-point tensor is copied and keeps its precision; a number or an integer tensor takes the default one.
+
     Args:
         loc: what is subtracted; a number or a tensor that broadcasts with the input.
         scale: what is divided by; positive.
@@ -80,12 +115,18 @@ class Standardize(nn.Module):
         super().__init__()
         if not bool((torch.as_tensor(scale) > 0).all()):
             raise ValueError("expected scale > 0, found a number that is not: drop constant columns first.")
-        self.register_buffer("loc", torch.as_tensor(loc, dtype=torch.get_default_dtype()))
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.get_default_dtype()))
+        self.register_buffer("loc", _own_floats(loc))
+        self.register_buffer("scale", _own_floats(scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - loc) / scale."""
         return (x - self.loc) / self.scale
+
+
+def _own_floats(value: Tensor | float) -> Tensor:
+    """A copy, so that no later change of the caller's tensor reaches it."""
+    value = torch.as_tensor(value).detach().clone()
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 
 class NetworkPair(ABC):
@@ -101,18 +142,27 @@ class NetworkPair(ABC):
 
 
 class MlpPair(NetworkPair):
-    """A pair of perceptrons, the encoder's hidden layers in reverse order for the decoder.
+    """A pair of perceptrons, the encoder's hidden layers in reverse order for the decoder unless it has its own.
 
     Args:
         hidden: sizes of the encoder's hidden layers.
         activation: the class of the activation, for example torch.nn.Tanh.
+        decoder_hidden: sizes of the decoder's hidden layers, where they are not the encoder's in reverse.
     """
 
-    def __init__(self, hidden: Sequence[int] = (200, 200), activation: type[nn.Module] = nn.ReLU):
+    def __init__(
+        self,
+        hidden: Sequence[int] = (200, 200),
+        activation: type[nn.Module] = nn.ReLU,
+        decoder_hidden: Sequence[int] | None = None,
+    ):
         self.hidden, self.activation = tuple(hidden), activation
+        self.decoder_hidden = self.hidden[::-1] if decoder_hidden is None else tuple(decoder_hidden)
 
     def __repr__(self) -> str:
-        return f"MlpPair(hidden={self.hidden}, activation={self.activation.__name__})"
+        mirrored = self.decoder_hidden == self.hidden[::-1]
+        more = "" if mirrored else f", decoder_hidden={self.decoder_hidden}"
+        return f"MlpPair(hidden={self.hidden}, activation={self.activation.__name__}{more})"
 
     def encoder(self, event_shape: Sequence[int], num_outputs: int) -> nn.Module:
         """A network [*batch, *event_shape] -> [*batch, num_outputs]."""
@@ -121,7 +171,7 @@ class MlpPair(NetworkPair):
 
     def decoder(self, latent_dim: int, output_shape: Sequence[int]) -> nn.Module:
         """A network [*batch, latent_dim] -> [*batch, *output_shape]."""
-        mlp = Mlp(latent_dim, *reversed(self.hidden), math.prod(output_shape), activation=self.activation)
+        mlp = Mlp(latent_dim, *self.decoder_hidden, math.prod(output_shape), activation=self.activation)
         return nn.Sequential(mlp, nn.Unflatten(-1, tuple(output_shape)))
 
 
@@ -172,6 +222,79 @@ class ConvPair(NetworkPair):
                 nn.ConvTranspose2d(inputs, outputs, kernel_size=4, stride=2, padding=1),
             ]
         return OverBatch(nn.Sequential(*layers), event_dim=1)
+
+
+def init_he(net: nn.Module) -> nn.Module:
+    r"""He initialisation, for networks of rectifiers: normal weights that keep the size of activations; biases 0.
+
+    .. math:: W \sim \mathcal N(0, 2 / n_{\mathrm{in}})
+
+    n_in is the number of inputs that one output of a linear or convolutional layer adds up; where a transposed
+    convolution overlaps itself, their average number.
+
+    Args:
+        net: a network; all its linear and convolutional layers are drawn anew, in place.
+
+    Returns:
+        The same network.
+
+    Source: He et al. (2015), Delving deep into rectifiers, arXiv:1502.01852.
+
+    Example:
+        >>> init_he(Mlp(1000, 200, 4))[0].weight.std().round(decimals=3)
+        tensor(0.0450, grad_fn=<RoundBackward1>)
+    """
+    with torch.no_grad():
+        for layer, inputs, _ in _weighted_layers(net):
+            layer.weight.normal_(std=math.sqrt(2 / inputs))
+    return net
+
+
+def init_glorot(net: nn.Module) -> nn.Module:
+    r"""Glorot initialisation, for tanh and linear networks: uniform weights that keep the size of activations and
+    gradients; biases 0.
+
+    .. math:: W \sim \mathcal U(-a, a), \qquad a = \sqrt{6 / (n_{\mathrm{in}} + n_{\mathrm{out}})}
+
+    n_in and n_out are the numbers of inputs that one output adds up, and of outputs that one input reaches.
+
+    Args:
+        net: a network; all its linear and convolutional layers are drawn anew, in place.
+
+    Returns:
+        The same network.
+
+    Source: Glorot, Bengio (2010), Understanding the difficulty of training deep feedforward neural networks,
+        https://proceedings.mlr.press/v9/glorot10a.html.
+
+    Example:
+        >>> bool(init_glorot(Mlp(3, 200, 4))[0].weight.abs().max() <= (6 / 203) ** 0.5)
+        True
+    """
+    with torch.no_grad():
+        for layer, inputs, outputs in _weighted_layers(net):
+            bound = math.sqrt(6 / (inputs + outputs))
+            layer.weight.uniform_(-bound, bound)
+    return net
+
+
+def _weighted_layers(net: nn.Module) -> Iterator[tuple[Any, float, float]]:
+    """Each linear and convolutional layer, its bias set to 0, with the inputs an output adds up, and the reverse."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            inputs, outputs = float(layer.in_features), float(layer.out_features)
+        elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            window, stride = math.prod(layer.kernel_size) / layer.groups, math.prod(layer.stride)
+            inputs, outputs = layer.in_channels * window, layer.out_channels * window
+            if isinstance(layer, nn.ConvTranspose2d):  # stride spreads the inputs out
+                inputs /= stride
+            else:
+                outputs /= stride
+        else:
+            continue
+        if layer.bias is not None:
+            layer.bias.zero_()
+        yield layer, inputs, outputs
 
 
 def set_output_bias(net: nn.Module, bias: Tensor) -> None:

@@ -115,11 +115,21 @@ def test_the_configuration_of_a_run_rebuilds_it(capsys):
         "--optimizer torch.optim.AdamW --optimizer.weight_decay 0.1",
         "--likelihood Normal --likelihood.learn_scale false --start_at_data false --standardize false",
         "--networks.hidden [7,6,5] --latent_dim 3",
+        "--encoder PlanarFlow --encoder.num_transforms 2 --prior FlowPrior --prior.num_transforms 2",
+        "--likelihood Masked --likelihood.likelihood Binomial --likelihood.likelihood.total_count 16",
     ],
 )
 def test_every_part_is_an_argument(words):
     main(["train", *QUICK, "--out", "run", *words.split()])
     assert Path("run/evaluation.json").is_file()
+
+
+def test_a_point_mass_claims_no_bound(capsys):
+    main(["train", *QUICK, "--out", "run", "--encoder", "Delta", "--figures", "true"])
+    out = capsys.readouterr().out
+    assert "log p(x, z) at the code (no bound)" in out and "IWAE bound" not in out
+    names = [e["name"] for e in json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))["estimates"]]
+    assert "ELBO" not in names and "log p(x)" not in names
 
 
 def test_classes_of_your_own(capsys):
@@ -233,7 +243,7 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
     ("words", "expected"),
     [
         ("fly", "unknown command 'fly': choose one of train, evaluate, sample, reconstruct, resume"),
-        ("train --prior Nix", "unknown prior 'Nix': choose one of MixtureOfNormals, StandardNormal, VampPrior"),
+        ("train --prior Nix", "unknown prior 'Nix': choose one of Bernoulli, Dirichlet, FlowPrior"),
         ("train --prior nix.Nix", "cannot import prior 'nix.Nix'"),
         ("train --prior math.pi", "expected prior 'math.pi' to be a class, found float"),
         ("train --epochs ten", "--epochs: expected int, found ten."),
@@ -302,7 +312,7 @@ def test_help(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for part in PARTS:
         assert f"--{part}.help" in out
-    for words in ("The prior p(z)", "pyro_vae.VampPrior", "number of latent dimensions D", "pyro_vae.datasets.Table"):
+    for words in ("The prior p(z)", "pyro_vae.VampPrior", "number of latent dimensions D", "pyro_vae.files.Table"):
         assert words in out
 
 

@@ -14,17 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pyro_vae.datasets import (
-    MNIST,
-    ArrayFile,
-    DataSet,
-    Digits,
-    FashionMNIST,
-    ImageFolder,
-    LinearGaussianData,
-    Table,
-    binarize,
-)
+from pyro_vae.datasets import MNIST, DataSet, Digits, FashionMNIST, LinearGaussianData, binarize
+from pyro_vae.files import ArrayFile, ImageFolder, Table
 
 SETS = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
 N, M, H, W = 11, 5, 28, 28

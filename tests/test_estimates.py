@@ -24,6 +24,7 @@ from pyro_vae import (
     draw,
     elbo,
     elbo_terms,
+    encoders,
     log_evidence,
 )
 from pyro_vae.exact import LinearGaussian
@@ -387,3 +388,11 @@ def test_a_mutation_turns_the_core_red(line, mutant):
     exec(compile(source.replace(line, mutant), "mutated_estimates.py", "exec"), module.__dict__)
     with pytest.raises(AssertionError):
         check_core(module)
+
+
+def test_a_point_mass_gives_no_evidence():
+    vae = VAE(StandardNormal(2), Decoder(Mlp(2, 7), Bernoulli()), encoders.Delta(Mlp(7, 2)))
+    x = torch.ones(5, 7)
+    assert "no bound" in elbo_terms(vae, x)["elbo"].name
+    with pytest.raises(ValueError, match=r"found a point mass \(Delta\): log p\(x\) cannot be estimated"):
+        log_evidence(vae, x, num_particles=3)

@@ -1,13 +1,18 @@
-"""Likelihoods: closed forms, output_bias, state. Their distributions are checked in test_testing.py."""
+"""Likelihoods: closed forms, output_bias, state, missing numbers, and what a learned scale learns."""
 
 import math
 
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam, ClippedAdam
+from scipy import stats
+from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyro_vae import likelihoods
-from pyro_vae.contracts import Likelihood
+from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, fit, likelihoods
+from pyro_vae.contracts import Likelihood, check_support
+from pyro_vae.testing import check_likelihood
 
 K, B, E = 3, 5, 7
 
@@ -17,6 +22,11 @@ MEMBERS = [
     lambda **options: likelihoods.Binomial(16, **options),
     likelihoods.Normal,
     likelihoods.HeteroscedasticNormal,
+    likelihoods.Laplace,
+    likelihoods.StudentT,
+    likelihoods.Beta,
+    lambda event_dim=1: likelihoods.Masked(likelihoods.Bernoulli(event_dim)),
+    lambda event_dim=1: likelihoods.Masked(likelihoods.Laplace(event_dim=event_dim)),
 ]
 
 
@@ -38,6 +48,100 @@ def test_a_learned_scale_settles_at_the_mean_squared_error(float64):
     likelihood = likelihoods.Normal(rmse.item())
     likelihood(h).log_prob(x).sum().backward()
     assert abs(likelihood.log_scale.grad.item()) < 1e-10
+
+
+def test_training_finds_the_mean_squared_error(float64):
+    """What would be optimal for each batch, found by one parameter for all of them."""
+    x = torch.randn(40, 2) @ torch.randn(2, E) + torch.randn(40, E)
+    vae = VAE(StandardNormal(2), Decoder(Mlp(2, E), likelihoods.Normal(2.0)), DiagonalNormal(Mlp(E, 2 * 2))).double()
+    vae.decoder.start_at_data(x)
+    svi = SVI(
+        vae.model,
+        vae.guide,
+        ClippedAdam({"lr": 0.1, "lrd": 0.98}),
+        loss=TraceMeanField_ELBO(num_particles=8, vectorize_particles=True),
+    )
+    for _ in range(250):
+        svi.step(x)
+    with torch.no_grad():
+        z = vae.encode(x).sample((2000,))
+        mse = ((x - vae.decode(z).mean) ** 2).mean()
+        assert abs(vae.decoder.likelihood.scale**2 / mse - 1) < 0.02
+
+
+def test_laplace_and_student_against_scipy(float64):
+    h, x = torch.randn(K, B, E), torch.randn(B, E)
+    expected = torch.as_tensor(stats.laplace.logpdf(x.numpy(), h.numpy(), 0.3)).sum(-1)
+    torch.testing.assert_close(likelihoods.Laplace(0.3).double()(h).log_prob(x), expected, rtol=1e-6, atol=1e-6)
+    expected = torch.as_tensor(stats.t.logpdf(x.numpy(), 3.5, h.numpy(), 0.3)).sum(-1)
+    torch.testing.assert_close(likelihoods.StudentT(3.5, 0.3).double()(h).log_prob(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_learned_laplace_scale_settles_at_the_mean_absolute_error(float64):
+    h, x = torch.randn(B, E), torch.randn(B, E)
+    likelihood = likelihoods.Laplace((x - h).abs().mean().item())
+    likelihood(h).log_prob(x).sum().backward()
+    assert abs(likelihood.log_scale.grad.item()) < 1e-10
+
+
+def test_student_pulls_less_at_an_outlier_than_laplace_and_tends_to_the_normal(float64):
+    x = torch.tensor([50.0])
+
+    def pull(likelihood):
+        h = torch.zeros(1, requires_grad=True)
+        return torch.autograd.grad(likelihood(h).log_prob(x), h)[0].item()
+
+    assert pull(likelihoods.StudentT()) < pull(likelihoods.Laplace()) == 1.0 < pull(likelihoods.Normal())
+    h, x = torch.randn(B, E), torch.randn(B, E)
+    near, normal = likelihoods.StudentT(df=1e7)(h).log_prob(x), likelihoods.Normal()(h).log_prob(x)
+    torch.testing.assert_close(near, normal, rtol=1e-4, atol=1e-4)
+
+
+def test_beta_against_scipy(float64):
+    h, x, limit = torch.randn(K, B, 2 * E), torch.rand(B, E), 50.0
+    m, free = h[..., :E].sigmoid(), (1 + h[..., E:].exp()).log()
+    c = 2 + 1 / (1 / (limit - 2) + 1 / free)
+    expected = torch.as_tensor(stats.beta.logpdf(x.numpy(), (m * c).numpy(), ((1 - m) * c).numpy())).sum(-1)
+    p = likelihoods.Beta(limit)(h)
+    torch.testing.assert_close(p.log_prob(x), expected)
+    torch.testing.assert_close(p.variance, m * (1 - m) / (1 + c))
+
+
+def test_beta_starts_at_the_scale_too_and_stays_finite(float64):
+    data = torch.distributions.Beta(3.0, 5.0).sample((500, E))
+    likelihood = likelihoods.Beta()
+    p = likelihood(likelihood.output_bias(data.mean(0), data.std(0)))
+    torch.testing.assert_close(p.stddev, data.std(0))
+    h = torch.tensor([[-300.0, -300.0], [300.0, 300.0], [-300.0, 300.0], [0.0, 1e6]]).float().requires_grad_()
+    p = likelihood(h)
+    x = p.sample((20,))
+    assert bool(((x > 0) & (x < 1)).all())
+    p.log_prob(x).sum().backward()
+    assert h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("event", [(3,), (2, 1, 2)], ids=["vectors", "images"])
+@pytest.mark.parametrize("make", MEMBERS)
+def test_contract(make, event):
+    likelihood: Likelihood = make(event_dim=len(event))
+    for value in likelihood.parameters():
+        value.data.add_(-0.5 * torch.rand_like(value))
+    check_likelihood(likelihood, 1.5 * torch.randn(B, likelihood.num_outputs * event[0], *event[1:]))
+
+
+@pytest.mark.parametrize("make", MEMBERS)
+def test_fit_takes_two_epochs_and_moves_everything(make):
+    likelihood: Likelihood = make()
+    vae = VAE(
+        StandardNormal(2), Decoder(Mlp(2, 8, E * likelihood.num_outputs), likelihood), DiagonalNormal(Mlp(E, 8, 4))
+    )
+    x = likelihood(torch.randn(40, E * likelihood.num_outputs)).sample()
+    vae.decoder.start_at_data(x)
+    before = {name: value.detach().clone() for name, value in vae.named_parameters()}
+    history = fit(vae, x, epochs=2, batch_size=16, lr=0.01)
+    assert all(math.isfinite(value) for value in history["elbo"])
+    stuck = [name for name, value in vae.named_parameters() if torch.equal(value, before[name])]
+    assert not stuck
 
 
 def test_heteroscedastic_normal_by_hand(float64):
@@ -121,6 +225,10 @@ def test_shapes_dtype_and_state(make):
         (likelihoods.Binomial(16), "Binomial(total_count=16, event_dim=1)"),
         (likelihoods.Normal(0.5), "Normal(scale=0.5, learn_scale=True, event_dim=1)"),
         (likelihoods.HeteroscedasticNormal(0.05), "HeteroscedasticNormal(min_scale=0.05, event_dim=1)"),
+        (likelihoods.Laplace(0.5), "Laplace(scale=0.5, learn_scale=True, event_dim=1)"),
+        (likelihoods.StudentT(4.0, 0.5, False), "StudentT(df=4, scale=0.5, learn_scale=False, event_dim=1)"),
+        (likelihoods.Beta(50.0), "Beta(max_concentration=50, event_dim=1)"),
+        (likelihoods.Masked(likelihoods.Bernoulli()), "Masked(\n  (likelihood): Bernoulli(event_dim=1)\n)"),
     ],
 )
 def test_repr_shows_the_arguments(likelihood, text):
@@ -131,6 +239,7 @@ def test_a_fixed_scale_is_no_parameter_but_is_saved():
     fixed = likelihoods.Normal(0.5, learn_scale=False)
     assert not list(fixed.parameters()) and "log_scale" in fixed.state_dict()
     assert [p.numel() for p in likelihoods.Normal(0.5).parameters()] == [1]
+    assert not list(likelihoods.StudentT(learn_scale=False).parameters())
 
 
 @pytest.mark.parametrize(
@@ -140,6 +249,10 @@ def test_a_fixed_scale_is_no_parameter_but_is_saved():
         (lambda: likelihoods.Binomial(0), "expected total_count >= 1, found 0"),
         (lambda: likelihoods.Normal(0.0), "expected scale > 0, found 0.0"),
         (lambda: likelihoods.HeteroscedasticNormal(min_scale=-1.0), "expected min_scale > 0, found -1.0"),
+        (lambda: likelihoods.Laplace(-1.0), "expected scale > 0, found -1.0"),
+        (lambda: likelihoods.StudentT(scale=0.0), "expected scale > 0, found 0.0"),
+        (lambda: likelihoods.StudentT(1.0), "expected df > 1, found 1.0: with less, x has no mean"),
+        (lambda: likelihoods.Beta(2.0), "expected max_concentration > 2, found 2.0"),
     ],
 )
 def test_refusals(make, message):
@@ -157,3 +270,84 @@ def test_heteroscedastic_normal_refuses_unequal_halves():
 def test_grey_pixels_are_refused_by_bernoulli():
     with pytest.raises(ValueError, match="within the support"):
         likelihoods.Bernoulli()(torch.zeros(B, E)).log_prob(torch.full((B, E), 0.37))
+
+
+def test_beta_refuses_the_end_points():
+    p = likelihoods.Beta()(torch.zeros(B, 2 * E))
+    check_support(p, torch.full((B, E), 0.5))
+    for end in (0.0, 1.0):
+        x = torch.full((B, E), 0.5)
+        x[3, 2] = end
+        with pytest.raises(ValueError, match=f"outside the support 0 < x < 1 .found {end:g}."):
+            check_support(p, x)
+        with pytest.raises(ValueError, match="within the support"):
+            p.log_prob(x)
+
+
+# Missing numbers
+
+
+class ZeroForMissing(nn.Module):
+    def forward(self, x):
+        return x.nan_to_num()
+
+
+def _with_gaps(x):
+    return x.masked_fill(torch.rand_like(x) < 0.3, math.nan)
+
+
+@pytest.mark.parametrize("make", MEMBERS[:-2])
+def test_masked_scores_what_is_there_and_its_gradient_is_finite(float64, make):
+    inner: Likelihood = make()
+    h = torch.randn(K, B, E * inner.num_outputs, requires_grad=True)
+    full = inner(h).sample()[0]
+    x = _with_gaps(full)
+    p = likelihoods.Masked(inner)(h)
+    single = make()(h).base_dist.log_prob(full)
+    expected = torch.where(x.isnan(), torch.zeros_like(single), single).sum(-1)
+    torch.testing.assert_close(p.log_prob(x), expected)
+    torch.testing.assert_close(p.log_prob(full), inner(h).log_prob(full))
+    assert torch.equal(p.log_prob(torch.full_like(x, math.nan)), torch.zeros(K, B))
+    assert torch.equal(p.mean, inner(h).mean) and p.expand((2, K, B)).batch_shape == (2, K, B)
+    check_support(p, x.expand(K, B, E))
+    p.log_prob(x).sum().backward()
+    assert h.grad.isfinite().all()
+    gaps = x.isnan().repeat(1, inner.num_outputs)
+    assert bool((h.grad[:, gaps] == 0).all())
+
+
+def test_masked_still_refuses_what_is_there_and_wrong():
+    p = likelihoods.Masked(likelihoods.Bernoulli())(torch.zeros(B, E))
+    x = torch.full((B, E), math.nan)
+    x[1, 2] = 0.37
+    with pytest.raises(ValueError, match=r"outside the support Boolean\(\) or NaN \(found 0.37\)"):
+        check_support(p, x)
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(x)
+    with pytest.raises(ValueError, match=r"or NaN \(found 0.37\)"):
+        check_support(likelihoods.Masked(likelihoods.Binomial(4))(torch.zeros(B, E)), x)
+    with pytest.raises(ValueError, match="found nan"):  # without the wrapper a gap is refused
+        check_support(likelihoods.Normal()(torch.zeros(B, E)), torch.full((B, E), math.nan))
+
+
+def test_masked_in_pyro_trains_on_data_with_gaps_and_fills_them():
+    x = (torch.randn(60, 1) > 0).float().expand(60, E).contiguous()  # a number is told by the others
+    gappy = _with_gaps(x)
+    encoder = DiagonalNormal(nn.Sequential(ZeroForMissing(), Mlp(E, 16, 4)))
+    vae = VAE(StandardNormal(2), Decoder(Mlp(2, 16, E), likelihoods.Masked(likelihoods.Bernoulli())), encoder)
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 0.02}), loss=Trace_ELBO(num_particles=3, vectorize_particles=True))
+    losses = [svi.step(gappy) for _ in range(150)]
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < 0.5 * losses[0]
+    filled = torch.where(gappy.isnan(), vae.reconstruct(gappy), gappy)
+    assert (filled.round() == x).float().mean() > 0.97
+
+
+def test_masked_refuses_a_joint_distribution():
+    class Joint(Likelihood):
+        def forward(self, h):
+            from pyro import distributions as dist
+
+            return dist.MultivariateNormal(h, torch.eye(h.shape[-1]))
+
+    with pytest.raises(ValueError, match=r"independent numbers, found MultivariateNormal with event shape .7,."):
+        likelihoods.Masked(Joint())(torch.zeros(B, E))

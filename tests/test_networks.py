@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae import ConvPair, Mlp, MlpPair, OverBatch, Standardize
+from pyro_vae import ConvPair, GatedMlp, Mlp, MlpPair, OverBatch, Standardize, init_glorot, init_he
 from pyro_vae.networks import NetworkPair, set_output_bias
 
 K, B, D, E = 3, 5, 2, 7
@@ -26,6 +26,59 @@ def test_mlp():
 def test_mlp_refuses(sizes):
     with pytest.raises(ValueError, match=r"expected at least two sizes >= 1, found .*Mlp\(inputs, hidden"):
         Mlp(*sizes)
+
+
+def test_gated_mlp_by_hand(float64):
+    mlp, x = GatedMlp(E, 6, 4, D), torch.randn(K, B, E)
+    h = x
+    for layer in (mlp[0], mlp[2]):
+        value, gate = (layer.weight @ h.unsqueeze(-1)).squeeze(-1).add(layer.bias).chunk(2, dim=-1)
+        h = value / (1 + (-gate).exp())
+    torch.testing.assert_close(mlp(x), mlp[4](h))
+    assert count(mlp) == 2 * (E * 6 + 6) + 2 * (6 * 4 + 4) + (4 * D + D)
+    assert len(GatedMlp(E, D)) == 1
+
+
+@pytest.mark.parametrize("sizes", [(), (3,), (3, 0), (3, -1, 2)])
+def test_gated_mlp_refuses(sizes):
+    with pytest.raises(ValueError, match=r"expected at least two sizes >= 1, found .*GatedMlp\(inputs, hidden"):
+        GatedMlp(*sizes)
+
+
+@pytest.mark.parametrize("init", [init_he, init_glorot])
+def test_initialisations_start_biases_at_zero_and_return_the_network(init):
+    net = ConvPair((4, 6), hidden=5).decoder(D, (1, 8, 8))
+    assert init(net) is net
+    layers = [m for m in net.modules() if hasattr(m, "weight")]
+    assert len(layers) == 4 and all((layer.bias == 0).all() and (layer.weight != 0).all() for layer in layers)
+    init(nn.Sequential(nn.Linear(D, E, bias=False), nn.BatchNorm1d(E)))  # nothing to set to zero, nothing to draw
+
+
+@pytest.mark.parametrize(
+    ("layer", "num_in", "num_out"),
+    [
+        (nn.Linear(300, 200), 300, 200),
+        (nn.Conv2d(30, 40, 5), 30 * 25, 40 * 25),
+        (nn.Conv2d(30, 40, 4, stride=2), 30 * 16, 40 * 4),
+        (nn.Conv2d(30, 60, 3, groups=3), 10 * 9, 20 * 9),
+        (nn.ConvTranspose2d(30, 40, 4, stride=2), 30 * 4, 40 * 16),
+    ],
+    ids=str,
+)
+def test_sizes_of_initial_weights(layer, num_in, num_out):
+    weight = init_he(layer).weight
+    assert weight.std().item() == pytest.approx((2 / num_in) ** 0.5, rel=0.03)
+    assert weight.abs().max() > 3 * weight.std()  # normal
+    weight, bound = init_glorot(layer).weight, (6 / (num_in + num_out)) ** 0.5
+    assert 0.99 * bound < weight.abs().max().item() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(20, 20, 4, stride=2), nn.ConvTranspose2d(20, 20, 4, stride=2)], ids=str)
+def test_he_keeps_the_size_of_activations(layer):
+    x = torch.randn(40, 20, 16, 16)
+    out = init_he(nn.Sequential(nn.ReLU(), layer))(x)[..., 2:-2, 2:-2]
+    assert (out**2).mean().item() == pytest.approx(1.0, rel=0.15)
 
 
 @pytest.mark.parametrize("batch", [(), (B,), (K, B), (2, K, B)])
@@ -50,6 +103,16 @@ def test_standardize():
             Standardize(0.0, bad)
 
 
+def test_standardize_copies_and_keeps_the_precision():
+    loc, scale = torch.randn(E, dtype=torch.float64), torch.ones(E, dtype=torch.float64)
+    exact, layer = loc.clone(), Standardize(loc, scale)
+    loc.zero_()
+    scale.zero_()
+    assert torch.equal(layer.loc, exact) and torch.equal(layer.scale, torch.ones(E, dtype=torch.float64))
+    assert Standardize(torch.tensor(8), 4).loc.dtype == Standardize(8, 4.0).scale.dtype == torch.float32
+    assert not Standardize(torch.zeros(E, requires_grad=True), 1.0).loc.requires_grad
+
+
 def test_mlp_pair():
     pair = MlpPair(hidden=(6, 4), activation=nn.Tanh)
     encoder, decoder = pair.encoder((1, 3, 4), 2 * D), pair.decoder(D, (2, 3, 4))
@@ -59,6 +122,28 @@ def test_mlp_pair():
     assert count(decoder) == (D * 4 + 4) + (4 * 6 + 6) + (6 * 24 + 24)
     assert repr(pair) == "MlpPair(hidden=(6, 4), activation=Tanh)"
     assert pair.encoder((E,), 4)(torch.zeros(B, E)).shape == (B, 4)
+
+
+@pytest.mark.parametrize(
+    ("pair", "latent_dim", "parameters"),
+    [  # perceptrons of well-known examples on 28 x 28 pixels, biases included
+        (MlpPair((256,)), 2, 200_960 + 514 + 514 + 768 + 201_488),
+        (MlpPair((512,)), 2, 401_920 + 1026 + 1026 + 1536 + 402_192),
+        (MlpPair((500, 250)), 2, 392_500 + 125_250 + 502 + 502 + 750 + 125_500 + 392_784),
+        (MlpPair((500, 250), decoder_hidden=(10, 250)), 10, 392_500 + 125_250 + 2 * 2510 + 110 + 2750 + 196_784),
+    ],
+    ids=repr,
+)
+def test_number_of_parameters(pair, latent_dim, parameters):
+    encoder, decoder = pair.encoder((1, 28, 28), 2 * latent_dim), pair.decoder(latent_dim, (1, 28, 28))
+    assert count(encoder) + count(decoder) == parameters
+    assert decoder(torch.zeros(B, latent_dim)).shape == (B, 1, 28, 28)
+
+
+def test_mlp_pair_with_a_decoder_of_its_own():
+    pair = MlpPair((6,), decoder_hidden=(3, 4))
+    assert [layer.out_features for layer in pair.decoder(D, (E,))[0] if isinstance(layer, nn.Linear)] == [3, 4, E]
+    assert repr(pair) == "MlpPair(hidden=(6,), activation=ReLU, decoder_hidden=(3, 4))"
 
 
 def test_pairs_build_fresh_networks():

@@ -304,7 +304,7 @@ def test_refusals(tmp_path):
         fit(vae, x, folder=tmp_path / "none", resume=True)
     with pytest.raises(ValueError, match=r"expected a model with parameters to train, found none"):
         fit(make_vae().requires_grad_(False), x)
-    with pytest.raises(ValueError, match="one dictionary of arguments"):
+    with pytest.raises(ValueError, match="with one dictionary of arguments"):
         fit(vae, x, optimizer=pyro.optim.Adam(lambda name: {"lr": 0.1}))
 
 

@@ -1,0 +1,282 @@
+"""Flows as posteriors: densities, inverses, the memory of the latest draw, training, refusals."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+from torch import nn
+
+from pyro_vae import (
+    ELBO,
+    IWAE,
+    VAE,
+    AutoregressiveFlow,
+    CouplingFlow,
+    Decoder,
+    DiagonalNormal,
+    FastSVI,
+    LowRankNormal,
+    Mlp,
+    PlanarFlow,
+    RadialFlow,
+    StandardNormal,
+    VampPrior,
+    draw,
+    encoders,
+    fit,
+)
+from pyro_vae.diagnostics import active_units
+from pyro_vae.estimates import log_evidence
+from pyro_vae.exact import LinearGaussian
+from pyro_vae.flows import MaskedMlp
+from pyro_vae.likelihoods import Bernoulli, Normal
+from pyro_vae.testing import check_distribution, check_encoder
+
+K, B, D, E = 3, 5, 2, 7
+FLOWS = {
+    PlanarFlow: ({"num_transforms": 3}, {}),
+    RadialFlow: ({"num_transforms": 3}, {}),
+    AutoregressiveFlow: ({"context_dim": 4}, {"num_transforms": 3, "hidden": 6}),
+    CouplingFlow: ({"context_dim": 4}, {"num_transforms": 3, "hidden": 6}),
+}
+every_flow = pytest.mark.parametrize("family", FLOWS)
+
+
+def make(family, latent_dim=D, spread=0.0):
+    counted, others = FLOWS[family]
+    net = Mlp(E, 4, family.num_outputs(latent_dim, **counted), activation=nn.Tanh)
+    encoder = family(net, latent_dim, **counted, **others)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return encoder
+
+
+def make_vae(family, spread=0.0):
+    return VAE(StandardNormal(D), Decoder(Mlp(D, 6, E, activation=nn.Tanh), Bernoulli()), make(family, spread=spread))
+
+
+@every_flow
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+def test_samples_what_it_scores(float64, family, latent_dim):
+    check_encoder(make(family, latent_dim, spread=0.4), torch.randn(K, E))
+
+
+@every_flow
+@pytest.mark.parametrize("latent_dim", [1, 2, 5])
+def test_density_by_the_jacobian(float64, family, latent_dim):
+    """The score is log N(z_0) - log |det dz/dz_0|, the determinant by automatic differentiation."""
+    encoder = make(family, latent_dim, spread=0.5)
+    q = encoder(torch.randn(1, E))
+    for _ in range(4):
+        start = q.base.sample()
+        jacobian = torch.autograd.functional.jacobian(lambda z: q._forward(z)[0], start).squeeze()
+        expected = q.base.log_prob(start) - jacobian.reshape(latent_dim, latent_dim).det().abs().log()
+        torch.testing.assert_close(q.log_prob(q._forward(start)[0]), expected)
+
+
+@every_flow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse(family, dtype):
+    q = make(family, 5, spread=0.4).to(dtype)(torch.randn(B, E, dtype=dtype))
+    start = q.base.sample((K,))
+    z, log_det = q._forward(start)
+    back, same = q._inverse(z)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(back, start, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(same, log_det, atol=tolerance, rtol=tolerance)
+    assert z.dtype == q.log_prob(z).dtype == dtype
+
+
+def test_planar_inverse_at_the_border_of_invertibility(float64):
+    """w^T u far below -1: the map is almost flat in one place, and still one to one."""
+    encoder = PlanarFlow(nn.Identity(), 1, num_transforms=1)
+    q = encoder(torch.tensor([[0.0, 0.0, -8.0, 1.0, 0.3]]))
+    start = torch.linspace(-6, 6, 501).reshape(-1, 1, 1)
+    z = q._forward(start)[0]
+    assert (z.diff(dim=0) > 0).all()
+    torch.testing.assert_close(q._inverse(z)[0], start, atol=1e-7, rtol=1e-7)
+
+
+@every_flow
+def test_scores_its_draws_under_particles(float64, family):
+    """What the bound reads, from the memory, is what inverting the same draws gives."""
+    vae = make_vae(family, spread=0.4)
+    x = torch.rand(B, E).round()
+    terms = draw(vae.model, vae.guide, x, num_particles=K)
+    site = terms.guide_trace.nodes["z"]
+    assert site["fn"].batch_shape == (K, B) and site["fn"]._remembered(site["value"]) is not None
+    torch.testing.assert_close(terms.log_qz, vae.encoder(x).log_prob(site["value"]))
+    torch.testing.assert_close(terms.log_qz, site["fn"].log_prob(site["value"].clone()))
+
+
+@every_flow
+def test_a_draw_from_before_a_step_is_scored_with_the_new_parameters(float64, family):
+    vae = make_vae(family, spread=0.4)
+    x = torch.rand(B, E).round()
+    z = vae.encoder(x).rsample((K,))
+    before = vae.encoder(x).log_prob(z)
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 0.05}), loss=Trace_ELBO())
+    svi.step(x)
+    q = vae.encoder(x)
+    assert not torch.allclose(q.log_prob(z), before)
+    torch.testing.assert_close(q.log_prob(z), q.log_prob(z.clone()))
+    with torch.no_grad():  # through the map and back
+        torch.testing.assert_close(q._forward(q._inverse(z)[0])[0], z)
+
+
+@every_flow
+def test_memory_is_of_one_draw_unchanged_and_with_its_gradients(float64, family):
+    encoder = make(family, spread=0.4)
+    q = encoder(torch.randn(B, E))
+    older, newer = q.rsample(), q.rsample()
+    torch.testing.assert_close(q.log_prob(older), q.log_prob(older.clone()))
+    torch.testing.assert_close(q.log_prob(newer), q.log_prob(newer.clone()))
+    with torch.no_grad():
+        newer.mul_(1.5)
+        torch.testing.assert_close(q.log_prob(newer), q.log_prob(newer.clone()))
+
+    def slope(z):
+        return torch.autograd.grad(q.log_prob(z).sum(), list(encoder.parameters()), retain_graph=True)
+
+    z = q.sample()  # no gradients then, but the score function needs them
+    for a, b in zip(slope(z), slope(z.clone()), strict=True):
+        torch.testing.assert_close(a, b)
+    z = q.rsample()  # total derivative: through the draw too
+    for a, b in zip(slope(z), slope(z.clone()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every_flow
+def test_the_gradient_of_the_density_in_z(float64, family):
+    q = make(family, 3, spread=0.4)(torch.randn(B, E))
+    z = torch.randn(K, B, 3).requires_grad_()
+    assert torch.autograd.gradcheck(q.log_prob, z, atol=1e-5)
+
+
+@every_flow
+def test_mean_is_close_and_steady(float64, family):
+    encoder = make(family, spread=0.3)
+    q = encoder(torch.randn(B, E))
+    state = torch.get_rng_state()
+    assert torch.equal(q.mean, q.mean) and torch.equal(torch.get_rng_state(), state)
+    z = q.sample((20_000,))
+    assert ((q.mean - z.mean(0)).abs() < 0.05 * z.std(0)).all()
+    assert q.expand((K, B)).mean.shape == (K, B, D)
+
+
+@pytest.mark.parametrize("family", [AutoregressiveFlow, CouplingFlow])
+def test_starts_as_the_diagonal_normal(float64, family):
+    encoder, x = make(family), torch.randn(B, E)
+    h, q = encoder.net(x), encoder(x)
+    torch.testing.assert_close(q.log_prob(q.sample((K,)).clone()), q.base.log_prob(q._latest[3]))
+    torch.testing.assert_close(q.mean.sort(-1)[0], h[:, :D].sort(-1)[0])  # the order of z turns round
+
+
+def test_masks(float64):
+    """Outputs of number d do not move with the numbers from d on, but with each before it and the context."""
+    net = MaskedMlp(4, 3, hidden=9, activation=nn.Tanh)
+    nn.init.normal_(net.out.weight)
+    z, context = torch.randn(4), torch.randn(3)
+    by_z, by_context = torch.autograd.functional.jacobian(net, (z, context))
+    expected = torch.ones(4, 4).tril(-1).bool()
+    assert torch.equal(by_z[:4] != 0, expected) and torch.equal(by_z[4:] != 0, expected)
+    assert (by_context != 0).all()
+
+
+@pytest.mark.parametrize("objective", [ELBO(), IWAE(3)], ids=repr)
+@every_flow
+def test_fit_moves_every_parameter(family, objective):
+    vae, x = make_vae(family), torch.rand(40, E).round()
+    before = {name: value.clone() for name, value in vae.named_parameters()}
+    history = fit(vae, x, objective=objective, epochs=2, batch_size=16, lr=0.01, x_valid=x[:B])
+    assert all(math.isfinite(v) for column in ("objective", "elbo", "valid_elbo") for v in history[column])
+    assert not [name for name, value in vae.named_parameters() if torch.equal(value, before[name])]
+    assert vae.reconstruct(x).shape == (40, E) and active_units(vae, x).shape == (D,)
+    assert math.isfinite(log_evidence(vae, x[:B], num_particles=10).mean)
+
+
+CAPTURED = [*FLOWS, LowRankNormal, encoders.Laplace, encoders.MixtureOfNormals, encoders.Delta]
+
+
+@pytest.mark.parametrize("family", CAPTURED)
+def test_a_step_can_be_captured(family):
+    """One graph, without branches on values, that gives what the eager step gives."""
+    x, losses = torch.rand(B, E).round(), []
+    for SVI_ in (SVI, lambda *a, **k: FastSVI(*a, **k, backend="replay")):
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        encoder = make(family) if family in FLOWS else family(Mlp(E, 4, family.num_outputs(D)))
+        vae = VAE(StandardNormal(D), Decoder(Mlp(D, 6, E), Bernoulli()), encoder)
+        svi = SVI_(vae.model, vae.guide, Adam({"lr": 0.01}), loss=ELBO(3))
+        losses.append([float(svi.step(x)) for _ in range(4)])
+    assert "eager, since" not in svi.explain()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@every_flow
+def test_vamp_prior_over_it(float64, family):
+    encoder = make(family, spread=0.4)
+    check_distribution(VampPrior(encoder, torch.randn(K, E))(), batch_shape=(), event_shape=(D,))
+
+
+def correlated():
+    """A linear-Gaussian VAE whose posterior has correlation -0.97 or so; only the encoder is to be trained."""
+    weight = torch.tensor([[1.0, 0.9], [0.8, 0.9], [1.1, 1.0], [0.9, 1.0]])
+    return LinearGaussian(weight, torch.zeros(4), scale=0.5)
+
+
+@pytest.mark.parametrize("family", [LowRankNormal, PlanarFlow, AutoregressiveFlow, CouplingFlow])
+def test_beats_the_diagonal_normal_on_a_correlated_posterior(float64, family):
+    exact = correlated()
+    x = torch.randn(64, D) @ exact.weight.T + exact.scale * torch.randn(64, 4)
+    likelihood = Normal(exact.scale, learn_scale=False)
+    decoder = Decoder(nn.Linear(D, 4), likelihood)
+    with torch.no_grad():
+        decoder.net.weight.copy_(exact.weight)
+        decoder.net.bias.zero_()
+    decoder.requires_grad_(False)
+
+    def trained(encoder):
+        torch.manual_seed(0)
+        vae = VAE(StandardNormal(D), decoder, encoder)
+        fit(vae, x, objective=ELBO(4), epochs=150, batch_size=64, lr=0.03)
+        with torch.no_grad():
+            return ELBO(200).bound(vae.model, vae.guide, x).mean().item()
+
+    options = {PlanarFlow: {"num_transforms": 4}, LowRankNormal: {}}.get(family, {"context_dim": 4})
+    sizes = {} if family is LowRankNormal else {"latent_dim": D}
+    net = nn.Linear(4, family.num_outputs(D, **options))
+    diagonal = trained(DiagonalNormal(nn.Linear(4, 2 * D)))
+    richer = trained(family(net, **sizes, **options))
+    best = exact.log_evidence(x).mean().item()
+    assert diagonal < best - 0.9 * exact.diagonal_gap()
+    assert diagonal + 0.5 * exact.diagonal_gap() < richer < best + 0.02
+
+
+@every_flow
+def test_state_dict_dtype_and_repr(family):
+    one, two, x = make(family, spread=0.3), make(family, spread=0.3), torch.randn(B, E)
+    assert not any(name.endswith(("points", "mask_in", "mask_out")) for name in one.state_dict())
+    two.load_state_dict(one.state_dict())
+    z = torch.randn(K, B, D)
+    torch.testing.assert_close(one(x).log_prob(z), two(x).log_prob(z))
+    assert repr(one).startswith(family.__name__) and "latent_dim=2, num_transforms=3" in repr(one)
+    q = one.to(torch.float64)(x.double())
+    assert q.sample().dtype == q.log_prob(q.sample()).dtype == q.mean.dtype == torch.float64
+
+
+@every_flow
+def test_refusals(family):
+    with pytest.raises(ValueError, match=rf"{family.__name__} expected \d+ outputs of its network, found 3: make the"):
+        family(Mlp(E, 3), D)(torch.zeros(B, E))
+    with pytest.raises(ValueError, match="expected num_transforms >= 1, found 0"):
+        family(Mlp(E, 3), D, num_transforms=0)
+    with pytest.raises(ValueError, match="expected latent_dim >= 1, found 0"):
+        family(Mlp(E, 3), 0)
+    q = make(family)(torch.zeros(B, E))
+    with pytest.raises(ValueError, match="within the support"):
+        q.log_prob(torch.full((B, D), math.nan))
