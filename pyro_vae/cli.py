@@ -4,11 +4,12 @@ import inspect
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from jsonargparse import ArgumentError, Namespace
@@ -74,17 +75,28 @@ def train(
         compiled: capture and compile the training step: faster epochs after some seconds of compilation.
         figures: draw the pictures.
     """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("eval_particles", eval_particles)):
+        if value < 1:
+            raise UsageError(f"--{name}: expected a number >= 1, found {value}.")
+    if not 0 < lr < float("inf"):
+        raise UsageError(f"--lr: expected a number > 0, found {lr}.")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed: expected a number from 0 to 2**63 - 1, found {seed}.")
     folder = Path(out) if out else _fresh_folder()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"expected --out to name a folder, found the file {folder}: choose another --out.")
     if (folder / "config.yaml").exists():
         raise UsageError(
             f"{folder} already holds a run, expected a fresh folder: choose another --out, or: pyro-vae resume {folder}"
         )
     data, vae = build(config)
+    _check_density(vae, data)
+    _make_paths_absolute(config)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     write_atomically(folder / "config.yaml", dump(train, config))
     try:
         history = _fit(config, vae, data, folder, resume=False)
-    except (ValueError, TypeError):
+    except Exception:
         if not (folder / "state").exists():  # refused before the first epoch: leave nothing behind
             (folder / "config.yaml").unlink()
             for path in new:
@@ -107,8 +119,11 @@ def resume(run: str, epochs: int | None = None, device: Literal["auto", "cpu", "
     for key, value in changes.items():
         if value is not None:
             config[key] = value
-    data, vae = build(config, trained=True)
-    history = _fit(config, vae, data, folder, resume=True)
+    started = (folder / "state" / "latest.safetensors").exists()  # else it was stopped in its first epoch
+    for leftover in folder.rglob(".*-????????"):  # what a killed process was writing
+        leftover.unlink()
+    data, vae = build(config, trained=started)
+    history = _fit(config, vae, data, folder, resume=started)
     write_atomically(folder / "config.yaml", dump(train, config))
     _finish(config, vae, data, folder, history)
 
@@ -156,7 +171,7 @@ def sample(
         device: where to compute; auto takes a GPU if there is one.
     """
     if num < 1:
-        raise UsageError(f"expected --num >= 1, found {num}.")
+        raise UsageError(f"--num: expected a number >= 1, found {num}.")
     _, data, vae = open_run(train, run, device)
     with untouched(vae, seed):
         p = vae.decode(vae.prior().sample((num,)))
@@ -166,7 +181,7 @@ def sample(
 
 def reconstruct(
     run: str,
-    index: list[int] | None = None,
+    index: int | list[int] | None = None,
     num: int = 10,
     out: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -175,13 +190,15 @@ def reconstruct(
 
     Args:
         run: the run folder.
-        index: which held-out examples, for example [1, 3, 7]; default: the first ones.
+        index: which held-out examples, for example 3 or [1, 3, 7]; default: the first ones.
         num: how many, where no index is given.
         out: a picture (.png) or an array (.npy); default: reconstructions.png in the run folder.
         device: where to compute; auto takes a GPU if there is one.
     """
+    if num < 1:
+        raise UsageError(f"--num: expected a number >= 1, found {num}.")
     _, data, vae = open_run(train, run, device)
-    rows = list(range(min(num, len(data.test)))) if index is None else index
+    rows = list(range(min(num, len(data.test)))) if index is None else [index] if isinstance(index, int) else index
     bad = [i for i in rows if not 0 <= i < len(data.test)]
     if bad or not rows:
         raise UsageError(f"expected indices 0..{len(data.test) - 1} of held-out examples, found {bad or rows}.")
@@ -248,12 +265,51 @@ def _fit(config: Namespace, vae: VAE, data: Any, folder: Path, resume: bool) -> 
             compiled=config.compiled,
         )
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: pyro-vae resume {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
+        _stopped(folder)
+    except (RuntimeError, AssertionError, AttributeError, NotImplementedError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        how = config.optimizer.class_path if config.optimizer else "Adam"
+        raise UsageError(
+            f"training with {name} and {how} failed ({reason}): "
+            "choose another objective, optimiser or part; in Python, pyro_vae.fit shows where."
+        ) from error
+
+
+def _stopped(folder: Path) -> NoReturn:
+    print(f"\npyro-vae: stopped; go on with: pyro-vae resume {shlex.quote(str(folder))}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def _check_density(vae: VAE, data: Any) -> None:
+    """A density on {0, 1} grows without bound: its nats mean nothing."""
+    if getattr(data, "natural_likelihood", (None,))[0] != "Bernoulli":
+        return
+    with untouched(vae, 0):
+        support = vae.decoder(vae.prior().sample((1,))).support
+    if not getattr(support, "is_discrete", True):
+        raise UsageError(
+            f"x is binary ({data.policy}), expected a likelihood of {{0, 1}}, found a density: "
+            "use --likelihood Bernoulli, or grey values where the data set has them (--data.binarization grey)."
+        )
+
+
+def _make_paths_absolute(config: Namespace) -> None:
+    """So that the run can be evaluated from any folder."""
+    arguments = config.data.get("init_args") or Namespace()
+    for key in ("root", "path"):
+        if isinstance(arguments.get(key), str):
+            arguments[key] = str(Path(arguments[key]).resolve())
 
 
 def _finish(config: Namespace, vae: VAE, data: Any, folder: Path, history: History) -> None:
     """What comes after training: the evaluation, the pictures, the page."""
+    try:
+        _evaluate_and_draw(config, vae, data, folder, history)
+    except KeyboardInterrupt:
+        _stopped(folder)
+
+
+def _evaluate_and_draw(config: Namespace, vae: VAE, data: Any, folder: Path, history: History) -> None:
     print(f"evaluating {len(data.test)} held-out examples ...", flush=True)
     result = _evaluate(vae, data, config.eval_particles, seed=0)
     write_atomically(folder / "evaluation.json", _json(result))
@@ -262,8 +318,9 @@ def _finish(config: Namespace, vae: VAE, data: Any, folder: Path, history: Histo
     page = report.write_report(folder, title=_title(config, data))
     print(f"wrote      {folder}")
     print(f"look at    {page}")
-    print(f"next       pyro-vae evaluate {folder} --num_particles 5000")
-    print(f"           pyro-vae sample {folder}")
+    quoted = shlex.quote(str(folder))
+    print(f"next       pyro-vae evaluate {quoted} --num_particles 5000")
+    print(f"           pyro-vae sample {quoted}")
 
 
 def _evaluate(vae: VAE, data: Any, num_particles: int, seed: int, quiet: bool = False) -> dict[str, Any]:
@@ -363,7 +420,7 @@ pyro-vae COMMAND --help explains one. To begin:
         parser.add_function_arguments(command, as_positional=True, skip={"json"})
         if "json" in inspect.signature(command).parameters:
             parser.add_argument("--json", action="store_true", help="Print one JSON object instead of lines to read.")
-    return name, parser.parse_args(rest)
+    return name, parser.parse(rest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -381,14 +438,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(config=arguments, **options)
         else:
             COMMANDS[name](**vars(arguments))
-    except (
-        UsageError,
-        ArgumentError,
-        ValueError,
-        TypeError,
-        FileNotFoundError,
-        NotADirectoryError,
-        ImportError,
-    ) as error:
-        print(f"pyro-vae: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print("pyro-vae: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        known = error.errno is not None and error.filename is not None
+        _fail(f"cannot use {error.filename} ({error.strerror}): choose another path." if known else str(error))
+    except (UsageError, ArgumentError, ValueError, TypeError, ImportError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"pyro-vae: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -391,6 +391,11 @@ def torch_optimizer(optim: Any) -> Callable[[Iterable[Tensor]], torch.optim.Opti
         ValueError: it has arguments per parameter, or clips gradients.
     """
     if not isinstance(optim, PyroOptim):
+        if isinstance(optim, torch.optim.Optimizer) or not callable(optim):
+            raise TypeError(
+                f"expected a pyro.optim optimiser or a function parameters -> torch optimiser, found {optim!r:.60}: "
+                "for example lambda p: torch.optim.AdamW(p, lr=1e-3)."
+            )
         return optim
     if callable(optim.pt_optim_args) or getattr(optim, "pt_clip_args", None):
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pyro.infer
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 from torch import nn
 
 from pyro_vae import (
@@ -76,7 +76,14 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        raise UsageError(plain(message))
+        raise UsageError(message)
+
+    def parse(self, argv: Sequence[str]) -> Namespace:
+        """The arguments; a mistake is told in plain words."""
+        try:
+            return self.parse_args(list(argv))
+        except (UsageError, ArgumentError) as error:
+            raise UsageError(plain(str(error))) from None
 
 
 class Formatter(DefaultHelpFormatter):
@@ -89,19 +96,36 @@ class Formatter(DefaultHelpFormatter):
 
 def plain(message: str) -> str:
     """A parser's message in words a person would use."""
-    text = " ".join(message.split())
-    key = re.search(r'Parser key "([\w.]+)"', text)
-    unknown = re.search(r"Option '([\w.]+)' is not accepted", text)
-    if key and unknown:
-        part = key[1].split(".")[0]
-        return (
-            f"--{part}.{unknown[1]} is no argument of the {part} chosen: name the class too (--{part} CLASS), "
-            f"or see --{part}.help CLASS for its arguments."
-        )
-    wrong = re.search(r'key "([\w.]+)":? .*?Expected an? (.+?)\.? Got value: (.+?)(?: -|$)', text)
-    if wrong:
-        name = re.sub(r"<class '([\w.]+)'>", r"\1", wrong[2])
-        return f"--{wrong[1].replace('.init_args', '')}: expected {name}, found {wrong[3]}."
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", " ".join(message.split())).replace("typing.", "")
+    part = (re.search(r'Parser key "(\w+)', text) or ["", ""])[1]
+    of_class = f"see --{part}.help CLASS for its arguments" if part in PARTS else "see pyro-vae COMMAND --help"
+    patterns = [
+        (r'key "([\w.]+)":? Expected an? (.+?)\. Got value: (\S+)', "--{0}: expected {1}, found {2}."),
+        (r"Problem with given class_path '([\w.]+)': (.+?) - ", "--{part}: {1} (in the arguments of {0}): {of_class}."),
+        (r"arguments are required: ([\w, ]+?)(?: -|$)", "--{part} needs --{part}.{0}: give it, or {of_class}."),
+        (
+            r"Parameter '(\w+)' from '(\S+)\.__init__' does not specify",
+            "{1} needs the Python object {0}: use it in Python.",
+        ),
+        (
+            r"Option '([\w.]+)' is not accepted",
+            "--{part}.{0} is no argument of the {part} chosen: name the class first (--{part} CLASS), or {of_class}."
+            if part in PARTS
+            else "{0!r} is no argument: {of_class} for those that are.",
+        ),
+        (r"[Uu]nrecognized arguments: (.+)", "{0} is no argument: {of_class} for those that are."),
+        (
+            r'key "(\w+)":? Does not validate .*Errors: (- Expected .+) Given value type.* Given value: (.+)',
+            "--{0}: found {2} {1}.",
+        ),
+    ]
+    for pattern, words in patterns:
+        found = re.search(pattern, text)
+        if found:
+            values = list(found.groups())
+            if words.startswith("--{0}") and part in PARTS and values[0] != part:
+                values[0] = f"{part}.{values[0]}"
+            return words.format(*values, part=part, of_class=of_class).replace(".init_args", "")
     return text
 
 
@@ -171,7 +195,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def train_parser(command: Callable[..., None], argv: Sequence[str]) -> ArgumentParser:
+def train_parser(command: Callable[..., None], argv: Sequence[str]) -> Parser:
     """The parser of ``train``: each part by class, then the command's own arguments.
 
     Args:
@@ -258,7 +282,11 @@ def _construct(spec: Namespace, part: str, provided: dict[str, Any]) -> Any:
         if isinstance(value, Namespace) and "class_path" in value:  # a part inside a part: Masked(Bernoulli())
             arguments[name] = _construct(value, part, provided)
     accepted = inspect.signature(cls).parameters
-    return cls(**arguments | {name: value for name, value in provided.items() if name in accepted})
+    arguments |= {name: value for name, value in provided.items() if name in accepted}
+    try:
+        return cls(**arguments)
+    except (AssertionError, RuntimeError) as error:
+        raise UsageError(f"cannot make the {part} {cls.__name__} ({' '.join(str(error).split())}).") from None
 
 
 def _device(name: str) -> torch.device:
@@ -288,7 +316,7 @@ def load_config(command: Callable[..., None], run: str) -> Namespace:
     if not path.is_file():
         raise UsageError(f"expected a run folder with a config.yaml, found none in {run}: pyro-vae train --out {run}")
     argv = ["--config", str(path)]
-    return train_parser(command, argv).parse_args(argv)
+    return train_parser(command, argv).parse(argv)
 
 
 def open_run(command: Callable[..., None], run: str, device: str) -> tuple[Namespace, Any, VAE]:

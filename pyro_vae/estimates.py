@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyro_vae.contracts import untouched
+from pyro_vae.contracts import check_vae, untouched
 from pyro_vae.terms import Terms, check_num_particles, draw
 
 
@@ -60,6 +60,8 @@ class Estimate:
 
     def __str__(self) -> str:
         error = self.standard_error
+        if math.isnan(error):
+            return f"{self.mean:.2f} nats (K={self.num_particles}, one example: no standard error)"
         decimals = 2 if not error > 0 else min(max(1 - math.floor(math.log10(error)), 0), 6)
         return (
             f"{self.mean:.{decimals}f} ± {error:.{decimals}f} nats per example "
@@ -177,8 +179,10 @@ def log_evidence(
 
 def _passes(vae: Any, x: Tensor, num_particles: int, max_elements: int) -> Iterator[tuple[slice, Terms]]:
     """Cut N examples by K particles into passes of bounded memory; every particle of every example comes once."""
-    if len(x) == 0:
+    if isinstance(x, Tensor) and x.dim() and len(x) == 0:
         raise ValueError("expected at least one example, found none: x has length 0.")
+    if all(hasattr(vae, part) for part in ("prior", "decoder", "encoder")):
+        check_vae(vae, x[:2] if isinstance(x, Tensor) and x.dim() else x)
     check_num_particles(num_particles)
     rows_at_once = max(1, max_elements // max(1, x[0].numel()))
     batch = min(len(x), rows_at_once, max(64, rows_at_once // num_particles))

@@ -350,7 +350,7 @@ def table_marginals(x: Tensor, x_generated: Tensor, names: Sequence[str] | None 
     ax.set_yticks(range(num), labels=[_plain(name) for name in names])
     ax.set_ylim(num - 0.4, -0.6)
     ax.set(xlabel="median and 5-95 % range (standard deviations from the data's mean)", ylabel="column")
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: the title stands above
     _tidy(ax, "x")
     return ax
 

@@ -221,7 +221,10 @@ def _metrics(path: Path) -> str:
     if not path.exists():
         return ""
     lines = [(i, line) for i, line in enumerate(_read(path).splitlines(), 1) if line.strip()]
-    rows = [_parse(line, f"{path.name} line {i}") for i, line in lines]
+    try:
+        rows = [_parse(line, f"{path.name} line {i}") for i, line in lines]
+    except ValueError:  # the table of epochs can be made again by a resumed run; the page is worth having without it
+        return ""
     if not rows:
         return ""
     kept = sorted({round(i * (len(rows) - 1) / 19) for i in range(20)})  # the first and the last among them
@@ -281,8 +284,8 @@ _GLOSSARY = """<h2>How to read the numbers</h2>
 <dt>ELBO</dt><dd>Evidence lower bound: log p(x | z) averaged over q(z | x), minus KL. Nats per example, higher is
 better, on average never above log p(x).</dd>
 <dt>log p(x | z)</dt><dd>How well the decoder explains x given its code. Nats per example, higher is better.</dd>
-<dt>KL</dt><dd>KL(q(z | x) || p(z)), what the code costs: the information about x in z. Nats per example, at least 0,
-lower is cheaper.</dd>
+<dt>KL</dt><dd>KL(q(z | x) || p(z)), what the code costs: the information about x in z. Nats per example, at least 0
+(an estimate from draws of z may fall below), lower is cheaper.</dd>
 <dt>log p(x)</dt><dd>Log-evidence, estimated from below by the importance-weighted (IWAE) bound with K draws of z,
 which rises towards it with K. Nats per example, higher is better.</dd>
 </dl>"""

@@ -6,6 +6,7 @@ add up on the device and are read once an epoch.
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyro.infer
 import torch
 from pyro import poutine
 from pyro.optim import Adam, PyroOptim  # type: ignore[attr-defined]  # made at import
+from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -116,8 +118,11 @@ def fit(
     """
     _check_range("epochs", epochs, 1)
     _check_range("batch_size", batch_size, 1)
-    if not lr > 0:
-        raise ValueError(f"expected lr > 0, found {lr}.")
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"expected lr > 0, found {lr!r}.")
+    parts = ("model", "guide", "parameters")
+    if isinstance(vae, type) or not all(callable(getattr(vae, name, None)) for name in parts):
+        raise TypeError(f"expected a model with model, guide and parameters, found {vae!r:.80}: pass a VAE instance.")
     objective = ELBO() if objective is None else objective
     if not isinstance(objective, pyro.infer.ELBO):
         raise TypeError(
@@ -138,10 +143,12 @@ def fit(
         "objective": repr(objective) if isinstance(objective, Objective) else type(objective).__name__,
         "batch_size": batch_size,
         "num_examples": len(x),
-        "optimizer": type(optim).__name__,
+        "optimizer": f"{type(optim).__name__}({', '.join(f'{k}={v}' for k, v in sorted(optim.defaults.items()))})",
         "compiled": compiled,
     }
     rows = _open(folder, resume, vae, optim, settings)
+    if len(rows) > epochs:
+        raise ValueError(f"{folder} has {len(rows)} epochs behind it, expected more, found epochs={epochs}.")
 
     modes = {part: part.training for part in vae.modules()}
     bar = tqdm(total=epochs * len(x), initial=len(rows) * len(x), unit="ex", disable=None if progress else True)
@@ -154,7 +161,12 @@ def fit(
                 totals = torch.zeros(4, dtype=torch.float64, device=x.device)
                 for index in torch.randperm(len(x), device=x.device).split(batch_size):
                     optim.zero_grad(set_to_none=True)
-                    totals += gradients(to_batch(x[index]))
+                    try:
+                        totals += gradients(to_batch(x[index]))
+                    except ValueError as error:  # validation finds a scale of 0 or NaN before the objective does
+                        if not _DIVERGED.search(str(error)):
+                            raise
+                        raise _diverged("undefined", epoch, lr) from error
                     optim.step()
                     bar.update(len(index))
                 row = _row(epoch, totals / len(x), lr)
@@ -191,6 +203,11 @@ def _check_data(
     if not isinstance(x, Tensor) or x.dim() < 2 or len(x) == 0:
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"expected training data [N, *E] with N >= 1, found {found}: pass a tensor of examples.")
+    if x_valid is not None and (not isinstance(x_valid, Tensor) or x_valid.dim() < 2 or len(x_valid) == 0):
+        found = tuple(x_valid.shape) if isinstance(x_valid, Tensor) else type(x_valid).__name__
+        raise ValueError(
+            f"expected held-out data x_valid [M, *E] with M >= 1, found {found}: pass a tensor of examples."
+        )
     devices = {str(t.device) for t in (x, x_valid, next(vae.parameters())) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"expected model and data on one device, found {sorted(devices)}: move them with .to(device).")
@@ -199,6 +216,8 @@ def _check_data(
     if not all(hasattr(vae, part) for part in ("prior", "decoder", "encoder")):
         return  # any other Pyro program: its own validation speaks
     check_vae(vae, first)
+    if x_valid is not None:
+        check_vae(vae, x_valid[:batch_size].to(first.dtype))
     with untouched(vae), pyro.validation_enabled(False):
         p = vae.decoder(vae.encoder(first[:1]).mean)
         blocks = [to_batch(rows) for rows in x.split(10_000)]
@@ -219,15 +238,24 @@ def _gradients_of(objective: pyro.infer.ELBO, vae: Any) -> Callable[[Tensor], Te
         loss.backward()
         return _sums(-loss.detach(), terms)
 
+    model, guide = _Recorder(vae.model), _Recorder(vae.guide)  # once: Pyro's Jit objectives compile by program
+
     def pyros(x: Tensor) -> Tensor:
-        model, guide = _Recorder(vae.model), _Recorder(vae.guide)
+        model.trace = guide.trace = None
         loss = objective.loss_and_grads(model, guide, x)  # type: ignore[attr-defined]  # each subclass has it
+        if isinstance(loss, tuple):
+            raise ValueError(
+                f"{type(objective).__name__} gives several losses, expected one: train with it by pyro.infer.SVI."
+            )
         value = -torch.as_tensor(loss, dtype=torch.float64, device=x.device)
+        unknown = torch.stack([value, *value.new_full((3,), math.nan)])
+        if model.trace is None or guide.trace is None:  # a compiled replay runs no program
+            return unknown
         try:
             with torch.no_grad():
                 terms = collect(prune_subsample_sites(model.trace), prune_subsample_sites(guide.trace))
         except (ValueError, RuntimeError, NotImplementedError):
-            return torch.stack([value, *value.new_full((3,), math.nan)])
+            return unknown
         return _sums(value, terms)
 
     return own if isinstance(objective, Objective) else pyros
@@ -238,10 +266,12 @@ class _Recorder:
 
     def __init__(self, program: Callable[..., Any]):
         self.program = program
+        self.trace: Trace | None = None
 
     def __call__(self, *args: Any) -> Any:
-        self.trace = poutine.trace(self.program).get_trace(*args)
-        return self.trace.nodes["_RETURN"]["value"]
+        trace = poutine.trace(self.program).get_trace(*args)
+        self.trace = trace
+        return trace.nodes["_RETURN"]["value"]
 
 
 def _sums(objective: Tensor, terms: Terms) -> Tensor:
@@ -253,11 +283,18 @@ def _sums(objective: Tensor, terms: Terms) -> Tensor:
 def _row(epoch: int, means: Tensor, lr: float) -> dict[str, Any]:
     objective, elbo, log_px, kl = means.tolist()
     if not math.isfinite(objective):
-        raise ValueError(
-            f"the objective became {objective} in epoch {epoch}, expected a finite number: lower the learning rate "
-            f"(lr={lr:g} unless an optimizer was given), standardise the encoder's input, or start at the data's mean."
-        )
+        raise _diverged(objective, epoch, lr)
     return {"epoch": epoch, "objective": objective, "elbo": elbo, "log_px": log_px, "kl": kl}
+
+
+_DIVERGED = re.compile("Expected (parameter|value argument) |while computing log_prob")
+
+
+def _diverged(objective: float | str, epoch: int, lr: float) -> ValueError:
+    return ValueError(
+        f"the objective became {objective} in epoch {epoch}, expected a finite number: lower the learning rate "
+        f"(lr={lr:g} unless an optimizer was given), standardise the encoder's input, or start at the data's mean."
+    )
 
 
 def _open(

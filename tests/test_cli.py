@@ -178,6 +178,8 @@ def test_sample_and_reconstruct_write_pictures_and_arrays(trained):
     main(["sample", str(trained), "--num", "12", "--out", "s.npy", "--mean", "false"])
     draws = np.load("s.npy")
     assert draws.shape == (12, 1, 8, 8) and set(np.unique(draws)) <= set(range(17))
+    main(["reconstruct", str(trained), "--index", "3", "--out", "r.npy"])
+    assert np.load("r.npy").shape == (1, 1, 8, 8)
     main(["reconstruct", str(trained), "--index", "[1,3,7]", "--out", "r.npy"])
     main(["reconstruct", str(trained)])
     assert np.load("r.npy").shape == (3, 1, 8, 8)
@@ -247,9 +249,27 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
         ("train --prior nix.Nix", "cannot import prior 'nix.Nix'"),
         ("train --prior math.pi", "expected prior 'math.pi' to be a class, found float"),
         ("train --epochs ten", "--epochs: expected int, found ten."),
-        ("train --epochs 0", "expected epochs to be an integer >= 1, found 0"),
+        ("train --epochs 0", "--epochs: expected a number >= 1, found 0."),
+        ("train --eval_particles 0", "--eval_particles: expected a number >= 1, found 0."),
+        ("train --seed 99999999999999999999999", "--seed: expected a number from 0 to"),
+        ("train --likelihood Binomial", "--likelihood needs --likelihood.total_count: give it"),
+        (
+            "train --data MNIST --data.binarization foo",
+            "--data.binarization: expected Literal['grey', 'static', 'dynamic']",
+        ),
+        ("train --networks.activation torch.nn.Foo", "--networks: module 'torch.nn' has no attribute 'Foo'"),
+        ("train --objective Trace_MMD", "pyro.infer.Trace_MMD needs the Python object kernel"),
+        (
+            "train --objective ReweightedWakeSleep",
+            "cannot make the objective ReweightedWakeSleep (Reweighted Wake Sleep needs",
+        ),
+        ("train --optimizer SparseAdam", "training with ELBO(num_particles=1) and torch.optim.SparseAdam failed"),
+        ("train --lr 1e6 --epochs 3", "lower the learning rate (lr=1e+06"),
+        ("train --out list.yaml", "expected --out to name a folder, found the file list.yaml"),
+        ("train --data ArrayFile --data.path bits.npy --likelihood Normal", "x is binary"),
+        ("reconstruct nowhere --index a", "--index: found a"),
         ("train --latent_dim 0", "--latent_dim: expected a number >= 1, found 0"),
-        ("train --lr -1", "expected lr > 0, found -1"),
+        ("train --lr -1", "--lr: expected a number > 0, found -1"),
         ("train --prior.num_components 3", "--prior.num_components is no argument of the prior chosen"),
         ("train --prior MixtureOfNormals --prior.num_components x", "num_components"),
         ("train --nonsense 3", "--nonsense"),
@@ -260,7 +280,7 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
         ("train --networks ConvPair --networks.channels [4,4,4,4]", "H and W multiples of 16, found (1, 8, 8)"),
         ("train --data MNIST --data.root nowhere --data.download false", "train-images-idx3-ubyte"),
         ("train --data Table --data.path none.csv", "none.csv"),
-        ("train --data Table", "path"),
+        ("train --data Table", "--data needs --data.path"),
         ("evaluate nowhere", "expected a run folder with a config.yaml, found none in nowhere"),
         ("evaluate", "run"),
         ("resume nowhere", "expected a run folder"),
@@ -270,6 +290,7 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
 def test_a_mistake_is_one_line(capsys, words, expected):
     Path("list.yaml").write_text("- 1\n")
     Path("odd.yaml").write_text("odd: 1\n")
+    np.save("bits.npy", np.eye(8, dtype=np.float32))
     line = refused(capsys, *words.split()[:1], *(QUICK if words.startswith("train") else []), *words.split()[1:])
     assert expected in line
     assert not Path("runs").exists()
@@ -278,7 +299,7 @@ def test_a_mistake_is_one_line(capsys, words, expected):
 def test_mistakes_about_an_existing_run(trained, capsys, tmp_path):
     assert "already holds a run" in refused(capsys, "train", "--out", trained)
     assert "expected indices 0..358" in refused(capsys, "reconstruct", trained, "--index", "[359]")
-    assert "expected --num >= 1" in refused(capsys, "sample", trained, "--num", "0")
+    assert "--num: expected a number >= 1" in refused(capsys, "sample", trained, "--num", "0")
     assert "expected --out to end in .png or .npy" in refused(capsys, "sample", trained, "--out", "x.gif")
     assert "expected num_particles to be an integer >= 1" in refused(
         capsys, "evaluate", trained, "--num_particles", "0"
@@ -299,6 +320,37 @@ def test_a_refused_run_leaves_nothing_behind(capsys):
 
 
 # ------------------------------------------------------------------------------------------------- help
+
+
+def test_a_run_stopped_in_its_first_epoch_is_resumed_from_its_start(monkeypatch, capsys):
+    main(["train", *QUICK, "--out", "straight"])
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr("pyro_vae.terms.collect", stop)
+        main(["train", *QUICK, "--out", "stopped"])
+    assert stopped.value.code == 130
+    assert "go on with: pyro-vae resume stopped" in capsys.readouterr().err
+    main(["resume", "stopped"])
+    assert Path("straight/model.safetensors").read_bytes() == Path("stopped/model.safetensors").read_bytes()
+
+
+def test_a_run_is_not_shortened_or_changed_by_resuming(capsys):
+    main(["train", *QUICK, "--epochs", "3", "--out", "run"])
+    assert "has 3 epochs behind it" in refused(capsys, "resume", "run", "--epochs", "2")
+    text = Path("run/config.yaml").read_text()
+    Path("run/config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.5"))
+    assert "lr=0.001" in refused(capsys, "resume", "run", "--epochs", "4")
+
+
+def test_a_run_is_found_from_any_folder(capsys, monkeypatch):
+    np.savetxt("t.csv", np.random.default_rng(0).normal(size=(40, 3)), delimiter=",", header="a,b,c", comments="")
+    main(["train", *QUICK, "--out", "run", "--data", "Table", "--data.path", "t.csv"])
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    main(["evaluate", "../run", "--num_particles", "2"])
 
 
 def test_help(capsys):

@@ -212,7 +212,6 @@ def test_standard_error_and_text():
         ([-840.0, -960.0], "-900 ± 60"),
         ([-84.0, -84.004], "-84.0020 ± 0.0020"),
         ([-84.0, -84.0], "-84.00 ± 0.00"),
-        ([-84.0], "-84.00 ± nan"),
     ],
 )
 def test_text_shows_two_digits_of_the_error(values, text):
@@ -396,3 +395,25 @@ def test_a_point_mass_gives_no_evidence():
     assert "no bound" in elbo_terms(vae, x)["elbo"].name
     with pytest.raises(ValueError, match=r"found a point mass \(Delta\): log p\(x\) cannot be estimated"):
         log_evidence(vae, x, num_particles=3)
+
+
+def test_one_example_has_no_standard_error():
+    assert str(Estimate("ELBO", torch.tensor([-84.0]), 3)) == "-84.00 nats (K=3, one example: no standard error)"
+
+
+@pytest.mark.parametrize("estimate", [log_evidence, elbo_terms])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.ones(5, 8), ValueError, r"encoder\(x\) failed on an input of shape \(2, 8\)"),
+        (torch.ones(7), ValueError, r"expected \[B, \*E\]"),
+        (torch.ones(5, 7, dtype=torch.int64), TypeError, r"convert it with x.float\(\)"),
+        (torch.full((5, 7), torch.nan), ValueError, "NaN or infinite"),
+        (torch.full((5, 7), 0.5), ValueError, r"x has values outside \{0, 1\}"),
+        (torch.ones(5, 7).numpy(), TypeError, "expected a floating-point tensor"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_in_words(estimate, x, error, message):
+    vae = VAE(StandardNormal(2), Decoder(Mlp(2, 7), Bernoulli()), DiagonalNormal(Mlp(7, 4))).float()
+    with pytest.raises(error, match=message):
+        estimate(vae, x, num_particles=2)

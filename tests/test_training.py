@@ -308,6 +308,37 @@ def test_refusals(tmp_path):
         fit(vae, x, optimizer=pyro.optim.Adam(lambda name: {"lr": 0.1}))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"optimizer": "Adam"}, TypeError, "expected a pyro.optim optimiser or a function"),
+        ({"optimizer": torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])}, TypeError, "for example lambda p"),
+        ({"lr": "a"}, ValueError, "expected lr > 0, found 'a'"),
+        (
+            {"x_valid": torch.ones(E)},
+            ValueError,
+            r"expected held-out data x_valid \[M, \*E\] with M >= 1, found \(7,\)",
+        ),
+        ({"x_valid": torch.ones(4, E + 1)}, ValueError, r"encoder\(x\) failed on an input of shape \(4, 8\)"),
+        ({"objective": pyro.infer.ReweightedWakeSleep(num_particles=2)}, ValueError, "gives several losses"),
+    ],
+)
+def test_more_refusals(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fit(make_vae(), make_x(), epochs=1, **arguments)
+
+
+def test_what_is_no_model_is_refused():
+    for wrong in (None, VAE, torch.nn.Linear(E, E)):
+        with pytest.raises(TypeError, match="expected a model with model, guide and parameters"):
+            fit(wrong, make_x())
+
+
+def test_divergence_is_called_so_when_validation_finds_it_first():
+    with pytest.raises(ValueError, match=r"the objective became .* in epoch \d+, .*lower the learning rate"):
+        fit(make_vae(), make_x(), epochs=5, batch_size=16, lr=1e30)
+
+
 def test_a_refused_fit_changes_nothing():
     vae, x = make_vae(), make_x()
     before, state = parameters(vae), torch.get_rng_state()
