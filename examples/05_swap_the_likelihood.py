@@ -3,7 +3,7 @@
     python examples/05_swap_the_likelihood.py
 
 Bernoulli and Binomial give probabilities (of other data: binarised pixels, counts), Normal and ContinuousBernoulli
-densities, whose nats depend on the unit of x. Only the last two describe the same x on the same scale.
+densities, whose nats depend on the unit of x. Only the four rows of grey x describe the same x on the same scale.
 """
 
 import sys
@@ -37,7 +37,7 @@ cases = [  # name, likelihood, data
     ("counts 0..16     Binomial", Binomial(16), counts),
     ("binarised {0,1}  Bernoulli", Bernoulli(), binary),
     ("grey [0,1]       ContinuousBernoulli", ContinuousBernoulli(), grey),
-    ("grey [0,1]       Normal, learned scale", likelihoods.Normal(), grey),
+    ("grey [0,1]       Normal, learned scale", likelihoods.Normal(scale=0.3), grey),
     ("grey [0,1]       Normal, scale 1 fixed", likelihoods.Normal(1.0, learn_scale=False), grey),
     ("grey [0,1]       HeteroscedasticNormal", HeteroscedasticNormal(), grey),
 ]

@@ -4,6 +4,7 @@ Most cases replay the captured graph operation by operation, which is exact and 
 """
 
 import copy
+import shutil
 import warnings
 
 import pyro
@@ -42,6 +43,9 @@ from pyro_vae.compiling import CompiledStep
 
 B, D, E = 5, 2, 7
 STEPS = 6
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler, and there is none"
+)
 
 
 def make_vae(prior=None, likelihood=None, family=DiagonalNormal):
@@ -382,11 +386,13 @@ def test_evaluate_loss_trains_nothing():
 # ------------------------------------------------------------------------------------------------- inductor
 
 
+@needs_compiler
 def test_compiled_by_inductor(float64):
     svi = assert_same_steps(of(make_vae()), IWAE(3), binary(), atol=1e-9, backend="inductor")
     assert "compiled, " in svi.explain()
 
 
+@needs_compiler
 def test_fit_compiled_is_fit_and_resumes_bit_for_bit(tmp_path):
     x = datasets.binarize(torch.rand(40, E))
     vaes = [make_vae() for _ in range(3)]
