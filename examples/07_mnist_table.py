@@ -1,6 +1,6 @@
 """ELBO against IWAE-50 on MNIST, after 5, 20 and 50 epochs: the table of the README.
 
-    python examples/07_mnist_table.py --root DIR     (DIR holds MNIST/raw; about 40 minutes on two CPU cores)
+    python examples/07_mnist_table.py --root DIR     (DIR holds MNIST/raw; some 75 minutes on one CPU core)
 
 The recipe is the one-layer model of Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519: tanh 200-200, 50 latent
 dimensions, dynamic binarisation, decoder bias at the data's mean; Adam at 1e-3, batches of 100. What must come out as
