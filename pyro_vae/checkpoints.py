@@ -41,6 +41,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what :func:`write_atomically` was writing when its process was killed; no process may be writing now.
+
+    Args:
+        folder: where the files are, its sub-folders included.
+    """
+    for path in folder.rglob(".*-????????"):
+        if path.is_file():
+            path.unlink()
+
+
 def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each shared one once (the VampPrior's encoder, say)."""
     seen: dict[int, str] = {}

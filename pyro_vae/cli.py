@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import pyro_vae
 from pyro_vae import plots, report
-from pyro_vae.checkpoints import write_atomically
+from pyro_vae.checkpoints import remove_leftovers, write_atomically
 from pyro_vae.configuration import (
     Formatter,
     Parser,
@@ -120,8 +120,7 @@ def resume(run: str, epochs: int | None = None, device: Literal["auto", "cpu", "
         if value is not None:
             config[key] = value
     started = (folder / "state" / "latest.safetensors").exists()  # else it was stopped in its first epoch
-    for leftover in folder.rglob(".*-????????"):  # what a killed process was writing
-        leftover.unlink()
+    remove_leftovers(folder)
     data, vae = build(config, trained=started)
     history = _fit(config, vae, data, folder, resume=started)
     write_atomically(folder / "config.yaml", dump(train, config))

@@ -127,8 +127,7 @@ class _Graph:
             with _recording():
                 out = step._eager(*inputs)
             self.is_tuple = isinstance(out, tuple)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-            return [*(out if self.is_tuple else (out,)), *gradients]
+            return [*(out if self.is_tuple else (out,)), *self._gradients()]
 
         buffers = list(step.module.buffers())
         with _rewound(step.parameters, buffers, args) as rewind, torch.no_grad():
@@ -148,6 +147,9 @@ class _Graph:
                     warnings.warn(f"not compiled, replayed as it is: {reason}", RuntimeWarning, stacklevel=4)
             self.error = self._compare(step, args, rewind)
 
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+
     def _compare(self, step: CompiledStep, args: tuple[Tensor, ...], rewind: Callable[[], None]) -> float:
         """The largest relative difference from eager Pyro on the same noise."""
         rewind()
@@ -155,7 +157,7 @@ class _Graph:
         rewind()
         out = step._eager(*args)
         values = [torch.as_tensor(value) for value in (out if self.is_tuple else (out,))]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        gradients = self._gradients()
         size = torch.stack([g.double().norm() for g in gradients]).norm()  # one scale for all gradients
         scales = [value.double().norm() for value in values] + [size] * len(gradients)
         pairs = zip(captured, [*values, *gradients], scales, strict=True)

@@ -62,11 +62,14 @@ class Estimate:
         error = self.standard_error
         if math.isnan(error):
             return f"{self.mean:.2f} nats (K={self.num_particles}, one example: no standard error)"
-        decimals = 2 if not error > 0 else min(max(1 - math.floor(math.log10(error)), 0), 6)
-        return (
-            f"{self.mean:.{decimals}f} ± {error:.{decimals}f} nats per example "
-            f"(K={self.num_particles}, n={self.num_examples})"
-        )
+        number = with_error(self.mean, error)
+        return f"{number} nats per example (K={self.num_particles}, n={self.num_examples})"
+
+
+def with_error(mean: float, error: float) -> str:
+    """A number to two digits of its standard error: "-84.83 ± 0.31"."""
+    decimals = 2 if not error > 0 else min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def elbo_terms(

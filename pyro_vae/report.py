@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae import diagnostics, plots
 from pyro_vae.checkpoints import write_atomically
 from pyro_vae.contracts import untouched
+from pyro_vae.estimates import with_error
 
 _BATCH, _MOST_CODES, _MOST_COLUMNS = 1000, 5000, 60
 
@@ -177,12 +178,6 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _with_error(mean: float, error: float) -> str:
-    """A number to two digits of its standard error."""
-    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6) if error > 0 else 2
-    return f"{mean:.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -196,7 +191,9 @@ def _evaluation(path: Path) -> str:
     for estimate in evaluation.get("estimates", []):
         mean, error = estimate.get("mean"), estimate.get("standard_error")
         shown = _finite(mean) and _finite(error)
-        value = f"<strong>{_with_error(mean, error)}</strong>" if shown else "not shown: no standard error"
+        value = (
+            f"<strong>{with_error(mean, error).replace('-', '−')}</strong>" if shown else "not shown: no standard error"
+        )
         texts = [_escape(estimate.get(key, "–")) for key in ("units", "num_particles", "num_examples")]
         rows.append([_escape(estimate.get("name", "–")), value, *texts])
     header = ("estimate", "mean ± standard error", "units", "draws of z (K)", "examples (n)")

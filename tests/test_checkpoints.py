@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, OverBatch, StandardNormal, VampPrior, fit
-from pyro_vae.checkpoints import load_model, save_model, write_atomically
+from pyro_vae.checkpoints import load_model, remove_leftovers, save_model, write_atomically
 
 
 def make_vae(hidden=5, vamp=False):
@@ -140,3 +140,12 @@ def test_metrics_are_strict_json(tmp_path):
 
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_only_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / "state").mkdir()
+    write_atomically(tmp_path / "model.safetensors", "kept")
+    (tmp_path / ".kept").write_text("kept")
+    (tmp_path / "state" / ".latest.safetensors-ab12cd34").write_text("half")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".kept", "model.safetensors"]
