@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 
@@ -62,14 +62,30 @@ def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_bytes(path: Path) -> bytes:
+    """The content of a file of this module.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"expected a file {path}, found none: train a run first.") from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}): restore or delete it.") from None
+
+
+def _parse(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        tensors = dict(sorted(load(content).items()))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): restore or delete it.") from None
+    length = int.from_bytes(content[:8], "little")  # of the header, which is JSON
+    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -111,7 +127,7 @@ def load_model(path: Path, vae: nn.Module) -> None:
     Raises:
         ValueError: the file is missing, damaged or of another model; the model is then unchanged.
     """
-    tensors, _ = _read(Path(path))
+    tensors, _ = _parse(read_bytes(Path(path)), Path(path))
     _fill(vae, tensors, Path(path))
 
 
@@ -154,7 +170,11 @@ def save_state(
 
 
 def load_state(
-    path: Path, vae: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    path: Path,
+    vae: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    content: bytes | None = None,
 ) -> list[dict[str, Any]]:
     """Put back what :func:`save_state` wrote: parameters, optimiser, random state.
 
@@ -163,6 +183,7 @@ def load_state(
         vae: a model of the same configuration.
         optimizer: an optimiser of the same kind over its parameters.
         settings: the settings of this call.
+        content: what the file holds, where another process has read it.
 
     Returns:
         The history so far.
@@ -170,7 +191,7 @@ def load_state(
     Raises:
         ValueError: the file is damaged, of another model, or was written under other settings (the first is named).
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = _parse(read_bytes(path) if content is None else content, path)
     if "state" not in metadata:
         raise ValueError(f"{path} holds no training state, expected a file of save_state: resume another folder.")
     header = json.loads(metadata["state"])

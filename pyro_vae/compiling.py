@@ -9,28 +9,38 @@ What a step *computes* is the same every time, so it is recorded once and replay
 2. Every tensor that the graph holds (parameters, buffers, data in closures) is turned into an input, so changes in
    place are seen. A graph whose shapes depend on values is refused.
 3. Inductor compiles the graph for the processor or the GPU.
-4. Both ways are run from one random state and compared: loss and all gradients. If they differ, eager Pyro stays.
+4. Both ways are run from one random state and compared: loss and all gradients; then once more on other noise, other
+   parameters and other data, since a value that was recorded as a constant agrees where it was recorded. If they
+   differ, eager Pyro stays.
 
 What cannot be captured runs eagerly, as it would have without this file, and :meth:`CompiledStep.explain` says why.
 Python numbers that the model reads while it runs are recorded as they are: pass what changes as an argument.
 """
 
 import importlib
-import inspect
+import re
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import pyro
+import pyro.infer
 import pyro.poutine
 import pyro.util
 import torch
-from pyro.optim import PyroOptim
+from pyro.infer.util import torch_item
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pyro_vae.optimizers import register, torch_optimizer
 
 TOLERANCE = 1e-3  # relative, of loss and gradients; float32 sums in another order differ by some 1e-6
 # fallback_random keeps eager's noise; rearranged memory layouts cost more than they gain in small convolutions.
@@ -52,6 +62,7 @@ class CompiledStep:
         warm: calls of one signature (shapes and types) that stay eager before it is captured.
         backend: "inductor" compiles the graph; "replay" runs it operation by operation (no compiler needed, exactly
             eager's numbers). Where inductor cannot compile, the graph is replayed.
+        state: tensors besides the module's buffers that the function changes in place, such as a step counter.
 
     Example:
         >>> weight = torch.ones(3, requires_grad=True)
@@ -74,8 +85,9 @@ class CompiledStep:
         module: nn.Module,
         warm: int = 1,
         backend: Literal["inductor", "replay"] = "inductor",
+        state: Sequence[Tensor] = (),
     ) -> None:
-        self.function, self.parameters, self.module = function, list(parameters), module
+        self.function, self.parameters, self.module, self.state = function, list(parameters), module, list(state)
         self.warm, self.backend = warm, backend
         self._calls: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph | str] = {}
@@ -90,7 +102,7 @@ class CompiledStep:
             try:
                 self._graphs[key] = _Graph(self, args)
             except Exception as error:  # whatever goes wrong in tracing or compiling, eager Pyro is still right
-                reason = " ".join(f"{error if isinstance(error, NotCapturable) else repr(error)}".split())[:300]
+                reason = _plain(error)
                 self._graphs[key] = reason
                 warnings.warn(f"this step runs as eager Pyro, not compiled: {reason}", RuntimeWarning, stacklevel=2)
         graph = self._graphs[key]
@@ -110,6 +122,10 @@ class CompiledStep:
         with torch.enable_grad():
             return self.function(*args)
 
+    def _name(self, parameter: Tensor) -> str:
+        named = [*pyro.get_param_store().named_parameters(), *self.module.named_parameters()]
+        return next((name for name, p in named if p is parameter), f"a parameter {list(parameter.shape)}")
+
     def _signature(self, args: tuple[Tensor, ...]) -> Any:
         flags = tuple(part.training for part in self.module.modules())
         trained = tuple(parameter.requires_grad for parameter in self.parameters)
@@ -120,23 +136,33 @@ class _Graph:
     """One captured and compiled signature."""
 
     def __init__(self, step: CompiledStep, args: tuple[Tensor, ...]) -> None:
+        self.step = step
         self.parameters = step.parameters
         self.is_tuple = False
+        self.names: list[str] = []
 
-        def record(*inputs: Tensor) -> list[Tensor]:
+        def record(*inputs: Tensor) -> list[Any]:
             with _recording():
                 out = step._eager(*inputs)
             self.is_tuple = isinstance(out, tuple)
-            return [*(out if self.is_tuple else (out,)), *self._gradients()]
+            self.parameters = [p for p in step.parameters if p.grad is not None]  # an optimiser skips the others
+            values = out if self.is_tuple else (out,)
+            self.names = ["the loss"] if len(values) == 1 else [f"value {i} of the loss" for i in range(len(values))]
+            self.names += [f"the gradient of {step._name(p)}" for p in self.parameters]
+            return [*values, *(p.grad for p in self.parameters)]
 
-        buffers = list(step.module.buffers())
+        buffers = [*step.module.buffers(), *step.state]
         with _rewound(step.parameters, buffers, args) as rewind, torch.no_grad():
-            graph = make_fx(record, tracing_mode="real")(*args)
-            lifted = _lift(graph)
+            with _store_kept():
+                graph = make_fx(record, tracing_mode="real")(*args)
+            held, lifted = _lift(graph)
+            known = [*step.parameters, *buffers, *args]
+            _refuse_constants(graph, dict(zip(held, lifted, strict=True)), known, self.names)
             self.inputs = [tensor.detach() for tensor in lifted]
             rewind()
             self.run: Callable[..., Any]
-            graph = make_fx(graph, tracing_mode="fake")(*self.inputs, *args)  # gives each node its shape and type
+            if step.backend == "inductor":
+                graph = make_fx(graph, tracing_mode="fake")(*self.inputs, *args)  # gives each node its shape and type
             self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
             self.how, self.run = "replayed", graph
             if step.backend == "inductor":
@@ -145,26 +171,53 @@ class _Graph:
                 except Exception as error:  # no C++ compiler, say: the graph still spares the Python of each step
                     reason = " ".join(str(error).split())[:200]
                     warnings.warn(f"not compiled, replayed as it is: {reason}", RuntimeWarning, stacklevel=4)
-            self.error = self._compare(step, args, rewind)
+            self.error = self._compare(args, rewind)
+            self._compare_elsewhere(args, rewind)
 
-    def _gradients(self) -> list[Tensor]:
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-
-    def _compare(self, step: CompiledStep, args: tuple[Tensor, ...], rewind: Callable[[], None]) -> float:
-        """The largest relative difference from eager Pyro on the same noise."""
+    def _compare(self, args: tuple[Tensor, ...], rewind: Callable[[], None], where: str = "on the same noise") -> float:
+        """The largest relative difference from eager Pyro from one random state."""
         rewind()
-        captured = [t.clone() for t in self.run(*self.inputs, *args)]
-        rewind()
-        out = step._eager(*args)
+        with _store_kept():
+            out = self.step._eager(*args)
         values = [torch.as_tensor(value) for value in (out if self.is_tuple else (out,))]
-        gradients = self._gradients()
-        size = torch.stack([g.double().norm() for g in gradients]).norm()  # one scale for all gradients
+        if any((p.grad is None) == any(p is q for q in self.parameters) for p in self.step.parameters):
+            raise NotCapturable("its gradients reach other parameters from one step to the next")
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        rewind()
+        captured = [torch.as_tensor(t).clone() for t in self.run(*self.inputs, *args)]
+        size = torch.stack([g.double().norm() for g in gradients] or [torch.zeros(())]).norm()  # one for all gradients
         scales = [value.double().norm() for value in values] + [size] * len(gradients)
         pairs = zip(captured, [*values, *gradients], scales, strict=True)
-        error = max(float((a.double() - b.double()).norm() / scale.clamp(min=1e-12)) for a, b, scale in pairs)
-        if not error <= TOLERANCE:
-            raise NotCapturable(f"the captured step differs from eager Pyro by {error:.1e} on the same noise")
-        return error
+        differences = [
+            (torch.where(a == b, 0.0, a.double() - b.double()), scale) for a, b, scale in pairs
+        ]  # inf is inf
+        errors = [float(difference.norm() / scale.clamp(min=1e-12)) for difference, scale in differences]
+        for error, name in zip(errors, self.names, strict=True):
+            if not error <= TOLERANCE:
+                raise NotCapturable(
+                    f"{name} of the captured step differs from eager Pyro by {error:.1e} {where}: pass what changes "
+                    "from step to step as a tensor, and compute with tensors throughout"
+                )
+        return max(errors)
+
+    def _compare_elsewhere(self, args: tuple[Tensor, ...], rewind: Callable[[], None]) -> None:
+        """Other noise, parameters and rows: what was recorded as a constant shows where it was not recorded."""
+
+        def elsewhere() -> None:
+            rewind()
+            for device in {t.device for t in [*self.step.parameters, *args]}:
+                torch.rand((), device=device)
+            for parameter in self.step.parameters:
+                parameter.mul_(1.01)
+
+        turned = tuple(a.roll(1, 0) if a.dim() else a for a in args)
+        elsewhere()
+        try:
+            with _store_kept():
+                self.step._eager(*turned)
+        except Exception:  # rows that must stand in order, such as sequences by their length
+            turned = args
+        self._compare(turned, elsewhere, "once noise, parameters or data are others")
 
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
@@ -172,6 +225,10 @@ class _Graph:
         count = len(out) - len(self.parameters)
         for parameter, gradient in zip(self.parameters, out[count:], strict=True):
             parameter.grad = gradient
+        if len(self.parameters) < len(self.step.parameters):
+            for parameter in self.step.parameters:
+                if all(parameter is not p for p in self.parameters):
+                    parameter.grad = None
         return tuple(out[:count]) if self.is_tuple else out[0]
 
     def explain(self) -> str:
@@ -179,39 +236,110 @@ class _Graph:
         return f"{self.how}, {self.num_operations} operations; {self.error:.0e} from eager Pyro on the same noise"
 
 
+_MASK_INDEX = "{} gives a shape that depends on values: use torch.where instead of a mask index"
+
+
 class _NoHostCopies(TorchFunctionMode):
     """While recording, ``.item()`` in Pyro's bookkeeping stays a tensor: its value only leaves the graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            raise NotCapturable(_MASK_INDEX.format("x[mask]"))  # here, where the line that does it is known
         return args[0].detach() if func is torch.Tensor.item else func(*args, **(kwargs or {}))
+
+
+class _LastSite(Messenger):
+    """Notes the sample site that is being drawn or scored, to name it where recording fails."""
+
+    name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.name = msg["name"]
 
 
 @contextmanager
 def _recording() -> Iterator[None]:
     """Validation and NaN warnings branch on values, which a graph cannot; they are off while it is recorded."""
-    old = pyro.util.torch_isnan, pyro.util.torch_isinf
+    old = pyro.util.torch_isnan, pyro.util.torch_isinf, Distribution._validate_sample
     pyro.util.torch_isnan = pyro.util.torch_isinf = lambda value: False  # type: ignore[assignment]
+    Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]  # of those that were made before, with validation on
+    site = _LastSite()
     try:
-        with pyro.validation_enabled(False), _NoHostCopies():
+        with pyro.validation_enabled(False), _NoHostCopies(), site:
             yield
+    except Exception as error:
+        error.__dict__.setdefault("site", site.name)
+        raise
     finally:
-        pyro.util.torch_isnan, pyro.util.torch_isinf = old
+        pyro.util.torch_isnan, pyro.util.torch_isinf, Distribution._validate_sample = old  # type: ignore[method-assign]
+
+
+@contextmanager
+def _store_kept() -> Iterator[None]:
+    """Refuse a step that assigns entries of the parameter store, which a replay would not do; put them back."""
+    store = pyro.get_param_store()
+    before = dict(store.named_parameters())
+    state = store.get_state()
+    try:
+        yield
+    finally:
+        assigned = [name for name, p in store.named_parameters() if name in before and before[name] is not p]
+        store.set_state(state)
+    if assigned:
+        raise NotCapturable(
+            f"the step assigns {assigned[0]!r} in Pyro's parameter store, as decaying average baselines do: "
+            "use a baseline network (nn_baseline) or none"
+        )
+
+
+# What torch says where a step cannot be recorded, and what a person can do about it.
+_REMEDIES = (
+    (
+        "value out of a tracing tensor|data-dependent|_local_scalar_dense|GuardOnDataDependent",
+        "a Python number or branch is made of a tensor's value: use torch.where, or keep the tensor",
+    ),
+    ("numpy", "a tensor becomes a NumPy array: compute with torch"),
+)
+
+
+def _plain(error: Exception) -> str:
+    """One line: what happened, at which line of the user's program and near which site."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, NotCapturable):
+        remedies = (remedy for pattern, remedy in _REMEDIES if re.search(pattern, text))
+        text = next(remedies, f"{type(error).__name__}: {text[:200]}")
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = Path(pyro.__file__).parent  # type: ignore[arg-type]
+    users = [frame for frame in frames if _is_users(frame.filename)]
+    places = users or [frame for frame in frames if Path(frame.filename).is_relative_to(inner)]
+    if places:
+        text += f" (in {Path(places[-1].filename).name}:{places[-1].lineno}, {places[-1].line!r})"
+    site = getattr(error, "site", None)
+    return text + (f" (at or after site {site!r})" if site else "")
+
+
+def _is_users(filename: str) -> bool:
+    """Whether a line of code is the user's, or of this library's terms, rather than the machinery's."""
+    inner = [Path(module.__file__).parent for module in (torch, pyro)]  # type: ignore[arg-type]
+    path = Path(filename)
+    return not filename.startswith("<") and path != Path(__file__) and not any(map(path.is_relative_to, inner))
 
 
 @contextmanager
 def _rewound(parameters: Sequence[Tensor], buffers: Sequence[Tensor], args: Sequence[Tensor]) -> Iterator[Any]:
-    """Trials leave no trace: random state, buffers and gradients are put back by ``rewind()``, and at the end."""
+    """Trials leave no trace: all that they change is put back by ``rewind()``, and at the end."""
     devices = sorted({t.device for t in [*parameters, *buffers, *args] if t.device.type == "cuda"}, key=str)
     state, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-    values = [buffer.clone() for buffer in buffers]
+    changing = [*parameters, *buffers]
+    values = [tensor.detach().clone() for tensor in changing]
 
     def rewind() -> None:
         torch.set_rng_state(state)
         for device, device_state in zip(devices, cuda, strict=True):
             torch.cuda.set_rng_state(device_state, device)
         with torch.no_grad():
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
+            for tensor, value in zip(changing, values, strict=True):
+                tensor.copy_(value)
         for parameter in parameters:
             parameter.grad = None
 
@@ -221,8 +349,8 @@ def _rewound(parameters: Sequence[Tensor], buffers: Sequence[Tensor], args: Sequ
         rewind()
 
 
-def _lift(module: GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph holds into its first inputs, in place, and return them."""
+def _lift(module: GraphModule) -> tuple[list[Any], list[Tensor]]:
+    """Turn the tensors that a graph holds into its first inputs, in place; these inputs, and the tensors."""
     graph = module.graph
     inputs: dict[int, tuple[Any, Tensor]] = {}
     first = next(iter(graph.nodes))
@@ -237,10 +365,43 @@ def _lift(module: GraphModule) -> list[Tensor]:
         if id(tensor) not in inputs:
             with graph.inserting_before(first):
                 inputs[id(tensor)] = (graph.placeholder(f"held_{len(inputs)}"), tensor)
+            inputs[id(tensor)][0].meta["val"] = tensor  # its type is asked for where it is an index
         node.replace_all_uses_with(inputs[id(tensor)][0])
         graph.erase_node(node)
     module.recompile()
-    return [tensor for _, tensor in inputs.values()]
+    return [node for node, _ in inputs.values()], [tensor for _, tensor in inputs.values()]
+
+
+def _refuse_constants(
+    module: GraphModule, held: dict[Any, Tensor], known: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """A result that no argument, parameter, buffer or draw reaches, but a tensor made while recording, has lost them.
+
+    A tensor subclass that hides its tensor does that (Pyro's provenance), and so does a way through NumPy.
+    """
+    storages = {t.untyped_storage().data_ptr() for t in known}
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    for name, result in zip(names, output.args[0], strict=True):
+        if not isinstance(result, torch.fx.Node):
+            continue  # a number, the same each time
+        seen, todo, frozen = {result}, [result], False
+        while todo:
+            node = todo.pop()
+            tensor = held.get(node)
+            unknown = tensor is not None and tensor.untyped_storage().data_ptr() not in storages
+            frozen |= unknown
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if random or (node.op == "placeholder" and not unknown):
+                break
+            fresh = set(node.all_input_nodes) - seen
+            seen |= fresh
+            todo += fresh
+        else:
+            if frozen:
+                raise NotCapturable(
+                    f"{name} is a constant in the captured graph, since it came by a tensor subclass, NumPy or a list: "
+                    "compute it with plain tensors (detach_provenance for Pyro's)"
+                )
 
 
 def _refuse_dynamic_shapes(node: torch.fx.Node) -> None:
@@ -253,7 +414,7 @@ def _refuse_dynamic_shapes(node: torch.fx.Node) -> None:
         masks = [i for i in node.args[1] if i is not None]  # type: ignore[union-attr]
         dynamic = any((i.meta.get("tensor_meta") or i.meta["val"]).dtype == torch.bool for i in masks)  # type: ignore
     if dynamic:
-        raise NotCapturable(f"{target} gives a shape that depends on values (use torch.where instead of a mask index)")
+        raise NotCapturable(_MASK_INDEX.format(target))
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -270,16 +431,19 @@ class FastSVI:
     For any Pyro model and guide, objective (this library's or Pyro's) and ``pyro.optim`` optimiser. The first step of
     each signature (shapes, types, other arguments) is eager Pyro's and creates the parameters; from the second on the
     captured graph runs, with one optimiser over all parameters. What cannot be captured stays eager and is told once.
+    Tensors may stand anywhere in the arguments, within lists and dictionaries too.
 
     Args:
         model: p(x, z), a Pyro program.
         guide: q(z | x), a Pyro program with the same arguments.
-        optim: a ``pyro.optim`` optimiser with one dictionary of arguments, or a function parameters -> torch optimiser.
-        loss: an objective such as ``Trace_ELBO()`` or ``IWAE(num_particles=50)``.
+        optim: a ``pyro.optim`` optimiser or scheduler, which keeps its use (arguments per parameter, clipping,
+            ``step`` of a scheduler, ``get_state``, ``set_state``), or a function parameters -> torch optimiser.
+        loss: an objective such as ``Trace_ELBO()`` or ``IWAE(num_particles=50)``, or a function
+            (model, guide, arguments) -> differentiable loss.
         backend: see :class:`CompiledStep`.
 
     Raises:
-        ValueError: the optimiser has arguments per parameter, or clips gradients.
+        TypeError, ValueError: the optimiser is none, or needs several gradients a step.
 
     Example:
         >>> from pyro_vae import ELBO, VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, StandardNormal
@@ -298,117 +462,119 @@ class FastSVI:
         loss: Any,
         backend: Literal["inductor", "replay"] = "inductor",
     ) -> None:
-        self.model, self.guide, self.objective, self.backend = model, guide, loss, backend
+        self.model, self.guide, self.optim, self.objective, self.backend = model, guide, optim, loss, backend
         self._make_optimizer = torch_optimizer(optim)
         self._module = nn.ModuleList(_modules_of(model, guide))
         self._named: dict[str, Tensor] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []  # one more where a later step brings new parameters
         self._steps: dict[Any, CompiledStep] = {}
+        self._numbers = 0
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """Take one optimisation step; returns the loss, as ``SVI.step`` does."""
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one optimisation step; returns the loss, or the tuple of losses, as ``SVI.step`` does."""
         loss = self.step_on_device(*args, **kwargs)
-        return loss.item() if isinstance(loss, Tensor) else loss
+        return tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
 
     def step_on_device(self, *args: Any, **kwargs: Any) -> Any:
         """Take one optimisation step; the loss stays a tensor, so that nothing waits for the device."""
-        key, tensors = self._key(args, kwargs)
+        key, tensors, build = self._key(args, kwargs)
         known = key is not None and key in self._steps and not self._store_changed()
         if not known or pyro.poutine.runtime.am_i_wrapped():
             loss = self._first(*args, **kwargs)
             if key is not None and key not in self._steps:
-                self._steps[key] = self._captured(args, kwargs)
+                self._steps[key] = self._captured(build)
+                self._count_numbers(key)
         else:
             loss = self._steps[key](*tensors)
-        assert self._optimizer is not None
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        for parameter in self._named.values():
+            parameter.grad = None
         return loss
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step, as ``SVI.evaluate_loss`` gives it."""
+        evaluate = getattr(self.objective, "loss", self.objective)
         with torch.no_grad():
-            return float(self.objective.loss(self.model, self.guide, *args, **kwargs))
+            loss = evaluate(self.model, self.guide, *args, **kwargs)
+        return tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
 
     def explain(self) -> str:
         """What was captured, or why not; one line for each signature."""
-        return "\n".join(step.explain() for step in self._steps.values()) or "no step taken yet."
+        return "\n".join(step.explain() for step in self._steps.values()) or "no step that could be captured was taken."
+
+    def _loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self.objective, "loss_and_grads"):
+            return self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        loss = self.objective(self.model, self.guide, *args, **kwargs)
+        if getattr(loss, "requires_grad", False):
+            loss.backward()
+        return loss.detach() if isinstance(loss, Tensor) else loss
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         """Eager Pyro; notes the parameters that it used."""
         with pyro.poutine.trace(param_only=True) as used:
-            loss = self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        named = {name: _unconstrained(site["value"]) for name, site in used.trace.nodes.items()}
-        new = [p for p in {id(p): p for p in named.values()}.values() if all(p is not q for q in self._parameters())]
+            loss = self._loss_and_grads(*args, **kwargs)
+        sites = {name: _unconstrained(site["value"]) for name, site in used.trace.nodes.items()}
+        named = {name: p for name, p in sites.items() if p.grad is not None}
+        ours = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in {id(p): p for p in named.values()}.values() if id(p) not in ours]
         if new:
-            self._named |= named
+            store = pyro.get_param_store()  # entries that were replaced (a store cleared, another model) move no more
+            self._named = {n: p for n, p in self._named.items() if n in store and _unconstrained(store[n]) is p} | named
             self._steps.clear()  # the graphs do not know these
-            if self._optimizer is None:
-                self._optimizer = self._make_optimizer(new)
-            else:
-                self._optimizer.add_param_group({"params": new})
+            self._optimizers.append(self._make_optimizer(new))
+            register(self.optim, self._optimizers[-1], new)
         return loss
 
-    def _parameters(self) -> list[Tensor]:
-        return list({id(p): p for p in self._named.values()}.values())
-
-    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledStep:
-        fixed = list(args)
-        places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-
+    def _captured(self, build: Callable[[Sequence[Tensor]], tuple[Any, Any]]) -> CompiledStep:
         def function(*tensors: Tensor) -> Any:
+            args, kwargs = build(tensors)
+            return self._loss_and_grads(*args, **kwargs)
+
+        counter = getattr(self.objective, "step", None)  # this library's objectives count their steps
+        state = [counter] if isinstance(counter, Tensor) else []
+        parameters = list({id(p): p for p in self._named.values()}.values())
+        return CompiledStep(function, parameters, self._module, 0, self.backend, state)
+
+    def _key(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Tensor], Callable[[Sequence[Tensor]], tuple[Any, Any]]]:
+        """What tells one captured step from another (None where that cannot be told), its tensors, and the way back."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def build(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
             full = list(fixed)
             for place, tensor in zip(places, tensors, strict=True):
                 full[place] = tensor
-            return self.objective.loss_and_grads(self.model, self.guide, *full, **kwargs)
+            return pytree.tree_unflatten(full, structure)
 
-        return CompiledStep(function, self._parameters(), self._module, warm=0, backend=self.backend)
-
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-        """What tells one captured step from another; None where that cannot be told."""
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        others = [
-            value if not isinstance(value, Tensor) else (value.shape, value.dtype, value.device) for value in args
-        ]
+        shapes = tuple((leaves[i].shape, leaves[i].dtype, leaves[i].device) for i in places)
+        key: Any = (str(structure), tuple((type(value), value) for value in fixed), shapes)
         try:
-            key = (tuple(others), tuple(sorted(kwargs.items())))
             hash(key)
         except TypeError:
-            return None, tensors
-        return (None if any(isinstance(v, Tensor) for v in kwargs.values()) else key), tensors
+            key = None
+        return key, [leaves[i] for i in places], build
+
+    def _count_numbers(self, key: Any) -> None:
+        """Tell once that a number among the arguments makes each step another one."""
+        self._numbers += 1
+        numbers = [value for _, value in key[1] if isinstance(value, float)]
+        if self._numbers == 20 and numbers:
+            warnings.warn(
+                f"the arguments hold numbers that change from step to step (now {numbers}), and each is a step of its "
+                "own that stays eager: pass them as tensors",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _store_changed(self) -> bool:
         """Whether the parameter store holds other tensors by now (cleared, loaded, or taken over by another model)."""
         store = pyro.get_param_store()
         return any(name not in store or _unconstrained(store[name]) is not p for name, p in self._named.items())
-
-
-def torch_optimizer(optim: Any) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
-    """A function parameters -> torch optimiser from a ``pyro.optim`` one (or from such a function).
-
-    Args:
-        optim: a ``pyro.optim.PyroOptim`` with one dictionary of arguments, or the function.
-
-    Raises:
-        ValueError: it has arguments per parameter, or clips gradients.
-    """
-    if not isinstance(optim, PyroOptim):
-        if isinstance(optim, torch.optim.Optimizer) or not callable(optim):
-            raise TypeError(
-                f"expected a pyro.optim optimiser or a function parameters -> torch optimiser, found {optim!r:.60}: "
-                "for example lambda p: torch.optim.AdamW(p, lr=1e-3)."
-            )
-        return optim
-    if callable(optim.pt_optim_args) or getattr(optim, "pt_clip_args", None):
-        raise ValueError(
-            "expected a pyro.optim optimiser with one dictionary of arguments and no clipping, found more: "
-            "pass a function parameters -> torch optimiser."
-        )
-    make: Any = optim.pt_optim_constructor
-    arguments: Any = dict(optim.pt_optim_args)
-    if "fused" in inspect.signature(make).parameters:
-        arguments.setdefault("fused", True)  # one pass over all parameters
-    return lambda parameters: make(list(parameters), **arguments)
 
 
 def _unconstrained(value: Any) -> Tensor:

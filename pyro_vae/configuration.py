@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,25 +15,43 @@ import pyro.infer
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae import (
+    aggregate_objectives,
+    comparisons,
     counts,
     datasets,
+    discrete,
     encoders,
     files,
     flow_encoders,
     flow_priors,
+    gradients,
+    importance,
+    initialization,
+    layers,
     likelihoods,
+    mapped,
+    missing,
     networks,
     objectives,
+    orthogonal_flows,
     pairs,
     pixels,
+    presets,
     priors,
+    regularized,
+    relaxed_priors,
+    routes,
+    spherical_encoders,
+    sprites,
+    tables,
 )
 from pyro_vae.checkpoints import load_model
-from pyro_vae.contracts import Encoder, Likelihood, Prior
+from pyro_vae.contracts import NO_LIKELIHOOD, Encoder, Likelihood, Prior, mean_and_scale
 from pyro_vae.decoders import Decoder
+from pyro_vae.streaming import place
 from pyro_vae.vae import VAE
 
 
@@ -42,12 +61,15 @@ class UsageError(Exception):
 
 # The parts of a run: what a class of the part derives from, and the modules where its short name is looked up.
 PARTS: dict[str, tuple[type, tuple[Any, ...]]] = {
-    "data": (datasets.DataSet, (datasets, files)),
-    "prior": (Prior, (priors, flow_priors)),
-    "likelihood": (Likelihood, (likelihoods, pixels, counts)),
-    "encoder": (Encoder, (encoders, flow_encoders)),
+    "data": (datasets.DataSet, (datasets, files, mapped, sprites)),
+    "prior": (Prior, (priors, flow_priors, relaxed_priors)),
+    "likelihood": (Likelihood, (likelihoods, pixels, counts, tables, comparisons)),
+    "encoder": (Encoder, (encoders, spherical_encoders, flow_encoders, orthogonal_flows, discrete)),
     "networks": (networks.NetworkPair, (networks, pairs)),
-    "objective": (pyro.infer.ELBO, (objectives, pyro.infer)),
+    "objective": (
+        pyro.infer.ELBO,
+        (objectives, routes, importance, gradients, regularized, aggregate_objectives, pyro.infer),
+    ),
     "optimizer": (torch.optim.Optimizer, (torch.optim,)),
 }
 DEFAULTS = {
@@ -68,7 +90,7 @@ HELP = {
     "optimizer": "The optimiser, any of torch.optim; null: Adam, fused over all parameters",
 }
 # Constructor arguments that the run itself knows: sizes, data, the encoder that a VampPrior shares.
-PROVIDED = {"latent_dim", "event_dim", "encoder", "pseudo_inputs", "net", "params", "lr"}
+PROVIDED = {"latent_dim", "event_dim", "encoder", "pseudo_inputs", "net", "params", "lr", "num_examples", "dataset"}
 
 
 class Parser(ArgumentParser):
@@ -134,8 +156,10 @@ def description(command: Callable[..., None]) -> str:
     return (inspect.getdoc(command) or "").split("\n\nArgs:")[0]
 
 
-def _class_names(part: str) -> list[str]:
+def class_names(part: str) -> list[str]:
+    """The short names of a part's classes, in alphabetical order."""
     base, modules = PARTS[part]
+    modules = modules[::-1]  # of two of one name (ELBO) the first counts, as in import_class
     classes = {name: value for m in modules for name, value in vars(m).items() if inspect.isclass(value)}
     own = {name for name, c in classes.items() if issubclass(c, base) and c is not base and not inspect.isabstract(c)}
     return sorted(name for name in own if not name.startswith("_"))
@@ -152,9 +176,9 @@ def import_class(path: str, part: str) -> type:
         UsageError: there is no such class.
     """
     if "." not in path:
-        if path not in _class_names(part):
+        if path not in class_names(part):
             raise UsageError(
-                f"unknown {part} {path!r}: choose one of {', '.join(_class_names(part))}, or give the dotted path of a "
+                f"unknown {part} {path!r}: choose one of {', '.join(class_names(part))}, or give the dotted path of a "
                 "class of your own."
             )
         return next(getattr(m, path) for m in PARTS[part][1] if hasattr(m, path))
@@ -204,14 +228,37 @@ def train_parser(command: Callable[..., None], argv: Sequence[str]) -> Parser:
     """
     parser = Parser(prog="pyro-vae train", description=description(command), formatter_class=Formatter)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with any of these arguments.")
+    parser.add_argument("--preset", help=f"The arguments of a well-known text: {', '.join(presets.PRESETS)}.")
     for part, (base, _) in PARTS.items():
         allowed = tuple(dict.fromkeys([base, *_chosen(argv, part)]))
         parser.add_subclass_arguments(allowed, part, skip=PROVIDED, required=False, help=HELP[part] + ".")
         if parser.groups and part in parser.groups:
             parser.groups[part].title = HELP[part].split("; null")[0]
     parser.add_function_arguments(command, skip={"config"})
-    parser.set_defaults({part: {"class_path": path} for part, path in DEFAULTS.items()})
+    defaults = {part: {"class_path": path} for part, path in DEFAULTS.items()} | _preset(argv)
+    # Where the words name a class there is no default: it would hand its arguments on, one particle to the IWAE.
+    parser.set_defaults({name: v for name, v in defaults.items() if name not in PARTS or not _chosen(argv, name)})
     return parser
+
+
+def _preset(argv: Sequence[str]) -> dict[str, Any]:
+    """The defaults that ``--preset NAME`` among the words stands for; a further word overrides each."""
+    names = [word.split("=", 1)[1] for word in argv if word.startswith("--preset=")]
+    names += [follows for word, follows in pairwise([*argv, ""]) if word == "--preset"]
+    if not names:
+        return {}
+    try:
+        chosen = presets.arguments(names[-1])
+    except ValueError as error:
+        raise UsageError(f"--preset: {error}") from None
+    return {name: _as_words(value) if name in PARTS else value for name, value in chosen.items()}
+
+
+def _as_words(part: tuple[type, dict[str, Any]]) -> dict[str, Any]:
+    cls, arguments = part
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+    plain = {key: f"{v.__module__}.{v.__qualname__}" if isinstance(v, type) else v for key, v in plain.items()}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", **({"init_args": plain} if plain else {})}
 
 
 def build(config: Namespace, trained: bool = False) -> tuple[Any, VAE]:
@@ -233,8 +280,7 @@ def build(config: Namespace, trained: bool = False) -> tuple[Any, VAE]:
     torch.manual_seed(config.seed)
     data = make(config, "data")
     if config.likelihood is None:
-        name, arguments = data.natural_likelihood
-        config.likelihood = Namespace(class_path=f"pyro_vae.likelihoods.{name}", init_args=Namespace(**arguments))
+        config.likelihood = _natural(*data.natural_likelihood)
     event_shape = tuple(data.test.shape[1:])
     some = torch.randperm(len(data.train))[:10_000]  # enough for a mean and a scale
     x = data.prepare(data.train[some])
@@ -244,17 +290,66 @@ def build(config: Namespace, trained: bool = False) -> tuple[Any, VAE]:
     # An encoder class that does not say how many outputs it wants gets a mean and a scale for each dimension.
     family = import_class(config.encoder.class_path, "encoder")
     num_outputs = _num_outputs(family, config) if hasattr(family, "num_outputs") else 2 * config.latent_dim
-    net = pair.encoder(event_shape, num_outputs)
-    if config.standardize:
-        net = nn.Sequential(networks.Standardize(x.mean(), x.std().clamp(min=1e-6)), net)
+    inputs, input_shape = _inputs(likelihood, x, config.standardize, _has_gaps(data))
+    start = initialization.STARTS[config.init]
+    net = nn.Sequential(*inputs, start(pair.encoder(input_shape, num_outputs)))
     encoder = make(config, "encoder", net=net, latent_dim=config.latent_dim)
 
-    output_shape = (getattr(likelihood, "num_outputs", 1) * event_shape[0], *event_shape[1:])
-    decoder = Decoder(pair.decoder(config.latent_dim, output_shape), likelihood)
+    output_shape = event_shape
+    if hasattr(likelihood, "output_shape"):
+        output_shape = likelihood.output_shape(event_shape)
+    decoder = Decoder(start(pair.decoder(config.latent_dim, output_shape)), likelihood)
     if config.start_at_data and not trained and hasattr(likelihood, "output_bias"):
         decoder.start_at_data(x)
-    prior = make(config, "prior", latent_dim=config.latent_dim, encoder=encoder, pseudo_inputs=x)
-    return data.to(device), VAE(prior, decoder, encoder).to(device)
+    seen = torch.where(x.isnan(), mean_and_scale(x)[0], x)
+    prior = make(config, "prior", latent_dim=config.latent_dim, encoder=encoder, pseudo_inputs=seen)
+    if not getattr(likelihood, "is_normalised", True):  # on every report and under every figure
+        data.policy += f"; {NO_LIKELIHOOD}"
+    rows, data.train = data.train, data.train[:0]  # perhaps too large for the device
+    data = data.to(device)
+    placed = place(rows, device, config.get("resident"))
+    data.train = placed.x
+    return data, VAE(prior, decoder, encoder).to(device)
+
+
+def _natural(name: str, arguments: dict[str, Any]) -> Namespace:
+    """The configuration of a data set's natural likelihood; those inside it too: Masked(MixedColumns([...]))."""
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return _natural(*value)
+        return [inner(part) for part in value] if isinstance(value, list) else value
+
+    path = f"pyro_vae.{name}" if "." in name else f"pyro_vae.likelihoods.{name}"
+    return Namespace(class_path=path, init_args=Namespace(**{key: inner(value) for key, value in arguments.items()}))
+
+
+def _has_gaps(data: Any) -> bool:
+    rows = [data.test, data.train] if data.train.is_floating_point() else [data.test]
+    return any(bool(block.isnan().any()) for part in rows for block in part.split(10_000))
+
+
+def _inputs(
+    likelihood: Any, x: Tensor, standardize: bool | float, gaps: bool
+) -> tuple[list[nn.Module], tuple[int, ...]]:
+    """What comes before the encoder's network, and the shape of what it gets of one example."""
+    inside = likelihood.likelihood if isinstance(likelihood, likelihoods.Masked) else likelihood
+    if isinstance(inside, tables.MixedColumns):
+        if len(inside.columns()) != x.shape[1] or x.dim() != 2:
+            inside.output_shape(tuple(x.shape[1:]))  # says what does not fit
+        rows = tables.ColumnInputs(likelihood, x, bool(standardize), append_gaps=gaps)
+        return [rows], (rows.num_inputs,)
+    before: list[nn.Module] = []
+    shape = tuple(x.shape[1:])
+    if standardize:
+        there = x[~x.isnan()]
+        one = standardize is True
+        loc, scale = (there.mean(), there.std().clamp(min=1e-6)) if one else (standardize, 1.0)
+        before.append(layers.Standardize(loc, scale))
+    if isinstance(likelihood, likelihoods.Masked):
+        before.append(missing.FillMissing(event_dim=len(shape), append_gaps=gaps))
+        shape = (2 * shape[0], *shape[1:]) if gaps else shape
+    return before, shape
 
 
 def _num_outputs(family: Any, config: Namespace) -> int:
@@ -279,7 +374,9 @@ def _construct(spec: Namespace, part: str, provided: dict[str, Any]) -> Any:
     cls = import_class(spec.class_path, part)
     arguments = dict(vars(spec.get("init_args") or Namespace()))
     for name, value in arguments.items():
-        if isinstance(value, Namespace) and "class_path" in value:  # a part inside a part: Masked(Bernoulli())
+        if isinstance(value, list):
+            arguments[name] = [_construct(v, part, provided) if _is_part(v) else v for v in value]
+        elif _is_part(value):  # a part inside a part: Masked(Bernoulli())
             arguments[name] = _construct(value, part, provided)
     accepted = inspect.signature(cls).parameters
     arguments |= {name: value for name, value in provided.items() if name in accepted}
@@ -287,6 +384,10 @@ def _construct(spec: Namespace, part: str, provided: dict[str, Any]) -> Any:
         return cls(**arguments)
     except (AssertionError, RuntimeError) as error:
         raise UsageError(f"cannot make the {part} {cls.__name__} ({' '.join(str(error).split())}).") from None
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Namespace) and "class_path" in value
 
 
 def _device(name: str) -> torch.device:
@@ -302,6 +403,7 @@ def dump(command: Callable[..., None], config: Namespace) -> str:
     config = config.clone()
     config.out = None
     config.pop("config", None)
+    config.pop("preset", None)  # all that it stands for is written out
     chosen = [word for part in PARTS if config.get(part) for word in (f"--{part}", config[part].class_path)]
     return train_parser(command, chosen).dump(config)
 

@@ -18,7 +18,7 @@ Shapes: ``z`` is ``[*batch, D]``, ``x`` is ``[*batch, *E]``; a distribution has 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ PriorLike = Callable[[], Distribution]
 LikelihoodLike = Callable[[Tensor], Distribution]
 DecoderLike = Callable[[Tensor], Distribution]
 EncoderLike = Callable[[Tensor], Distribution]
+
+NO_LIKELIHOOD = "no normalised likelihood: no evidence can be claimed"
+"""What every report of a score in the place of p(x | z) says; see :mod:`pyro_vae.comparisons`."""
 
 
 class Prior(nn.Module, ABC):
@@ -55,6 +58,9 @@ class Likelihood(nn.Module, ABC):
     num_outputs: int = 1
     """Numbers that the network gives for each number of x: h is [*batch, num_outputs * E[0], *E[1:]]."""
 
+    is_normalised: bool = True
+    """Whether ``forward`` gives a density or probabilities; a score that is neither allows no claim about p(x)."""
+
     def __init__(self, event_dim: int = 1):
         super().__init__()
         if event_dim < 1:
@@ -73,6 +79,14 @@ class Likelihood(nn.Module, ABC):
         """The output h, [num_outputs * E[0], *E[1:]], at which p(x | h) has the data's mean (and scale), each [*E]."""
         raise NotImplementedError
 
+    def output_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of h for one example of shape E: (num_outputs * E[0], *E[1:])."""
+        return (self.num_outputs * event_shape[0], *event_shape[1:])
+
+    def bias_at(self, x: Tensor) -> Tensor:
+        """The output h at which p(x | h) starts at data x [N, *E]: ``output_bias`` of what is there, NaN left out."""
+        return self.output_bias(*mean_and_scale(x))
+
 
 class Encoder(nn.Module, ABC):
     """An approximate posterior q(z | x): called with x [*batch, *E], it returns a distribution over z [*batch, D]."""
@@ -85,6 +99,22 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Distribution:
         """The distribution q(z | x), batch shape ``x.shape[:-event_dim]``."""
+
+
+def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (divisor N - 1) of each number over the examples; NaN, a missing one, is left out.
+
+    Args:
+        x: data, [N, *E].
+
+    Returns:
+        Two tensors [*E]; 0 where nothing is there, and a scale of 0 where there is but one number.
+    """
+    there = ~x.isnan()
+    count = there.sum(0)
+    mean = x.nan_to_num(nan=0.0).sum(0) / count.clamp(min=1)
+    residual = torch.where(there, x - mean, 0.0)
+    return mean, ((residual**2).sum(0) / (count - 1).clamp(min=1)).sqrt()
 
 
 @contextmanager
@@ -143,9 +173,11 @@ def _batch_remedy(name: str, found: tuple, expected: tuple) -> str:
 def check_vae(vae: Any, x: Tensor) -> None:
     """Say in words which pieces of a VAE do not fit each other or the data; one dry run, nothing changed.
 
-    Checked: x is a non-empty batch of finite floating-point numbers; ``prior()``, ``encoder(x)`` and
+    Checked: x is a non-empty batch of finite floating-point numbers (NaN, a missing one, if p(x | z) takes it, see
+    :class:`pyro_vae.likelihoods.Masked`); ``prior()``, ``encoder(x)`` and
     ``decoder(z)`` return Pyro distributions with the right batch and event shapes, also with a particle axis in
-    front; the posterior's draws have positive prior density; x lies in the support of p(x | z).
+    front; prior and posterior are over one kind of z (discrete, relaxed, real) and the posterior's draws have positive
+    prior density; x lies in the support of p(x | z).
 
     Args:
         vae: an object with ``prior``, ``decoder`` and ``encoder`` (a :class:`pyro_vae.VAE`).
@@ -170,9 +202,9 @@ def check_vae(vae: Any, x: Tensor) -> None:
         raise ValueError(
             f"x has shape {_shape(x.shape)}, expected [B, *E] with B >= 1: a single example is x.unsqueeze(0)."
         )
-    if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(f"x has {bad} values that are NaN or infinite, expected finite ones: clean or mask them.")
+    if bool(x.isinf().any()):
+        raise ValueError(f"x has {int(x.isinf().sum())} infinite values, expected finite ones: clean the data.")
+    gaps = int(x.isnan().sum())
     batch, event = tuple(x.shape[:1]), tuple(x.shape[1:])
 
     with untouched(vae), pyro.validation_enabled(False):
@@ -181,6 +213,8 @@ def check_vae(vae: Any, x: Tensor) -> None:
             remedy = _batch_remedy("prior()", tuple(prior.batch_shape), ())
             raise ValueError(f"prior() has batch shape {_shape(prior.batch_shape)}, expected (): {remedy}.")
 
+        if gaps and not _takes_nan(_run(vae.decoder, prior.sample(batch), "decoder(z)"), x):
+            raise ValueError(_NO_GAPS.format(gaps))
         q = _require_distribution(_run(vae.encoder, x, "encoder(x)"), "encoder(x)")
         if tuple(q.batch_shape) != batch:
             remedy = _batch_remedy("encoder(x)", tuple(q.batch_shape), batch)
@@ -190,8 +224,9 @@ def check_vae(vae: Any, x: Tensor) -> None:
                 f"prior() has event shape {_shape(prior.event_shape)} but encoder(x) has {_shape(q.event_shape)}: "
                 "give both the same latent_dim."
             )
+        _check_same_values(prior, q)
 
-        z = q.sample()
+        z = _sample_codes(q) if gaps else q.sample()
         for particles in ((2,), ()):
             zs = z.expand(particles + z.shape)
             call = "decoder(z)" if not particles else f"decoder(z) with z of shape {_shape(zs.shape)}"
@@ -213,6 +248,65 @@ def check_vae(vae: Any, x: Tensor) -> None:
                 "prior() gives draws of encoder(x) no density (log p(z) is infinite or NaN): "
                 "choose a posterior whose support lies within the prior's, and scale the encoder's input."
             )
+
+
+_NO_GAPS = (
+    "x has {} values that are NaN, expected finite numbers: fill them in, or, where NaN means missing, wrap the "
+    "likelihood in likelihoods.Masked (--likelihood Masked --likelihood.likelihood CLASS)."
+)
+
+
+def _takes_nan(p: Any, x: Tensor) -> bool:
+    """Whether NaN, a missing number, belongs to the support of p(x | z)."""
+    gap = x.new_full(tuple(p.batch_shape + p.event_shape), float("nan"))
+    return bool(_element_support(p).check(gap).all())
+
+
+def _sample_codes(q: Distribution) -> Tensor:
+    """Draws of the posterior of examples with missing numbers, which must not be NaN themselves."""
+    try:
+        z = q.sample()
+    except (RuntimeError, ValueError):  # torch refuses to draw with a scale of NaN
+        z = torch.tensor(float("nan"))
+    if bool(z.isnan().any()):
+        raise ValueError(
+            "encoder(x) is NaN where x has missing numbers (NaN): let its network begin with missing.FillMissing(...)."
+        )
+    return z
+
+
+# What z can be, and who is at home there: priors, encoders.
+_AT_HOME = {
+    "one-hot vectors": ("priors.OneHotCategorical", "discrete.OneHotCategorical or discrete.StraightThrough"),
+    "bits": ("priors.Bernoulli", "discrete.Bernoulli"),
+    "the simplex": (
+        "relaxed_priors.RelaxedOneHotCategorical or priors.Dirichlet",
+        "discrete.RelaxedOneHotCategorical",
+    ),
+    "the unit sphere": ("SphereUniform", "VonMisesFisher or PowerSpherical"),
+    "real numbers": ("StandardNormal", "DiagonalNormal"),
+}
+
+
+def _check_same_values(prior: Distribution, q: Distribution) -> None:
+    """Refuse a pair whose densities cannot be compared: one would score as a point what the other holds for a class."""
+    try:
+        of_prior, of_encoder = _kind_of_values(prior), _kind_of_values(q)
+    except NotImplementedError:
+        return  # a distribution of the user's own that does not say where its draws lie
+    # The density does not always tell: a flat Dirichlet's formula has a value everywhere.
+    if of_prior == of_encoder or not {of_prior, of_encoder} <= set(_AT_HOME):
+        return
+    raise ValueError(
+        f"prior() is over {of_prior} but encoder(x) over {of_encoder}, expected one kind of z: choose the prior "
+        f"{_AT_HOME[of_encoder][0]}, or the encoder {_AT_HOME[of_prior][1]}."
+    )
+
+
+def _kind_of_values(d: Distribution) -> str:
+    support = plain_support(d)
+    kinds = {"_OneHot": "one-hot vectors", "_Boolean": "bits", "_Simplex": "the simplex", "_Sphere": "the unit sphere"}
+    return kinds.get(type(support).__name__, "integers" if support.is_discrete else "real numbers")
 
 
 def _run(piece: Callable[[Tensor], Any], value: Tensor, call: str) -> Any:
@@ -241,6 +335,13 @@ _SUPPORT_REMEDY = {
 }
 
 
+def is_normalised(p: Any) -> bool:
+    """Whether p is a distribution, and no score in the place of one (:mod:`pyro_vae.comparisons`)."""
+    while isinstance(p, torch.distributions.Independent):
+        p = p.base_dist
+    return getattr(p, "is_normalised", True)
+
+
 def check_support(p: Distribution, x: Tensor) -> None:
     """Refuse data that the likelihood gives no probability, naming one offending value.
 
@@ -251,17 +352,22 @@ def check_support(p: Distribution, x: Tensor) -> None:
     Raises:
         ValueError: some value of x lies outside the support of p.
     """
-    base: Any = p
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    support = base.support
-    while isinstance(support, torch.distributions.constraints.independent):
-        support = support.base_constraint
+    support = _element_support(p)
     inside = support.check(x)
     if bool(inside.all()):
         return
     outside = x[~inside] if inside.shape == x.shape else x
     found = float(outside.flatten()[0])
+    if bool(outside.isnan().any()):
+        raise ValueError(_NO_GAPS.format(int(x.isnan().sum())))
+    place, may_miss = "", ""
+    while hasattr(support, "base_constraint"):  # what a mixture, or missing numbers, wrap around it
+        may_miss = " or NaN" if bool(support.check(torch.full_like(x, float("nan"))).all()) else may_miss
+        support = support.base_constraint
+    if isinstance(support, torch.distributions.constraints.stack):  # columns of different kinds
+        column = int((~inside).flatten(0, -2).any(0).nonzero()[0])
+        found, place = float(x[..., column][~inside[..., column]][0]), f" in column {column}"
+        support = support.cseq[column]
     kind = type(support).__name__.removeprefix("_")
     where, remedy = _SUPPORT_REMEDY.get(kind, (f"the support {support}", "choose a likelihood that allows it"))
     if kind == "Interval":
@@ -269,4 +375,50 @@ def check_support(p: Distribution, x: Tensor) -> None:
         where = f"[{low:g}, {high:g}]"
     if kind == "IntegerInterval":
         where = where.format(hi=int(torch.as_tensor(support.upper_bound).max()))
-    raise ValueError(f"x has values outside {where} (found {found:.4g}): {remedy}.")
+    raise ValueError(f"x has values outside {where}{may_miss}{place} (found {found:.4g}): {remedy}.")
+
+
+def _element_support(p: Any) -> Any:
+    """The support of the single numbers of x."""
+    while isinstance(p, torch.distributions.Independent):
+        p = p.base_dist
+    support = p.support
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def plain_support(d: Distribution) -> Any:
+    """What kind of numbers a distribution draws: its support without what independence or a mixture wrap around it."""
+    support = _element_support(d)
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def is_discrete(d: Distribution) -> bool:
+    """Whether it is over classes, bits or counts; a distribution that does not say counts as continuous."""
+    try:
+        return bool(plain_support(d).is_discrete)
+    except NotImplementedError:
+        return False
+
+
+def code(q: Distribution) -> Tensor:
+    """The z that stands for q(z | x): its mean; its mode where z is discrete or on the sphere, where a mean is none."""
+    try:
+        kind = _kind_of_values(q)
+    except NotImplementedError:
+        return q.mean
+    return q.mean if kind in ("real numbers", "the simplex") else q.mode
+
+
+def _check_positive(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"expected {name} > 0, found {value}: choose a positive number.")
+
+
+def _check_several(latent_dim: int) -> None:
+    if latent_dim < 2:
+        raise ValueError(f"expected latent_dim >= 2, found {latent_dim}: this prior needs two numbers or more.")

@@ -14,18 +14,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Binarization = Literal["grey", "static", "dynamic"]
+Binarization = Literal["grey", "static", "dynamic", "levels"]
 POLICIES = {
     "none": "values as they are",
     "grey": "grey (pixel / 255)",
     "static": "static binarisation (train and test binarised once, seed {seed})",
     "dynamic": "dynamic binarisation (test binarised once, seed {seed})",
+    "levels": "levels 0..255 (bytes as they are)",
 }
 
 
@@ -42,7 +43,8 @@ class DataSet:
         train_labels: int64 [N], or None.
         test_labels: int64 [M], or None.
         policy: what was done to the data, with seed and counts: stamped on every number.
-        natural_likelihood: name and arguments of the likelihood of x: ("Binomial", {"total_count": 16}).
+        natural_likelihood: name and arguments of the likelihood of x: ("Binomial", {"total_count": 16}); the name is
+            that of a class of ``likelihoods`` or, with a dot, of another module: ("pixels.DiscretizedLogistic", {}).
     """
 
     name: str
@@ -152,17 +154,18 @@ class _Pixels(DataSet):
     _binarization: str
 
     def prepare(self, rows: Tensor) -> Tensor:
-        """Turn stored rows into x: pixel / 255 (grey), fixed bits (static), or new bits (dynamic)."""
+        """Turn stored rows into x: pixel / 255 (grey), fixed bits (static), new bits (dynamic), or 0..255 (levels)."""
         if self._binarization == "dynamic":
             return _bernoulli(_grey(rows), None)
         return _grey(rows) if self._binarization == "grey" else rows.float()
 
     def _store(self, train: Tensor, test: Tensor, binarization: str, generator: torch.Generator) -> None:
         self._binarization = binarization
-        self.natural_likelihood = ("ContinuousBernoulli" if binarization == "grey" else "Bernoulli", {})
-        self.train, self.test = train, _grey(test)
+        of_policy = {"grey": "ContinuousBernoulli", "levels": "pixels.DiscretizedLogistic"}
+        self.natural_likelihood = (of_policy.get(binarization, "Bernoulli"), {})
+        self.train, self.test = train, test.float() if binarization == "levels" else _grey(test)
         # The test is drawn before the training rows: static and dynamic score the same bits for one seed.
-        if binarization != "grey":
+        if binarization in ("static", "dynamic"):
             self.test = _bernoulli(self.test, generator)
         if binarization == "static":
             self.train = _bernoulli(_grey(train), generator).to(torch.uint8)
@@ -182,7 +185,7 @@ class _TorchvisionSet(_Pixels):
     def __init__(
         self, root: str = "data", binarization: Binarization = "dynamic", seed: int = 0, download: bool = True
     ) -> None:
-        _expect_choice("binarization", binarization, ("grey", "static", "dynamic"))
+        _expect_choice("binarization", binarization, get_args(Binarization))
         generator = _generator(seed)
         train, self.train_labels, test, self.test_labels = self._load(Path(root).expanduser(), download)
         self._store(train, test, binarization, generator)
@@ -228,11 +231,13 @@ class MNIST(_TorchvisionSet):
     ``grey``: x = pixel / 255. ``static``: training and test rows are drawn once, x ~ Bernoulli(pixel / 255).
     ``dynamic``: training rows are drawn anew at each presentation, test rows once. The test bits of static and
     dynamic are the same for one seed. They are not those of the fixed files of Larochelle and Murray (2011):
-    numbers for those files are numbers about another draw.
+    numbers for those files are numbers about another draw. ``levels``: x is the byte 0..255 itself, for a likelihood of
+    levels such as :class:`pyro_vae.pixels.DiscretizedLogistic`, whose scores compare in bits per dimension.
 
     Args:
         root: folder with ``MNIST/raw/train-images-idx3-ubyte`` and its three companions, plain or .gz.
-        binarization: ``grey`` (pixel / 255), ``static`` (drawn once) or ``dynamic`` (drawn at each presentation).
+        binarization: ``grey`` (pixel / 255), ``static`` (drawn once), ``dynamic`` (drawn at each presentation) or
+            ``levels`` (bytes as they are).
         seed: seed of everything that is drawn once.
         download: fetch missing files into root (by torchvision, with its progress bar).
 
@@ -253,7 +258,7 @@ class FashionMNIST(_TorchvisionSet):
 
     Args:
         root: folder with ``FashionMNIST/raw/train-images-idx3-ubyte`` and its three companions, plain or .gz.
-        binarization: ``grey``, ``static`` or ``dynamic``, see :class:`MNIST`.
+        binarization: ``grey``, ``static``, ``dynamic`` or ``levels``, see :class:`MNIST`.
         seed: seed of everything that is drawn once.
         download: fetch missing files into root (by torchvision, with its progress bar).
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from pyro_vae.contracts import Distribution, Likelihood, LikelihoodLike
-from pyro_vae.networks import set_output_bias
+from pyro_vae.contracts import Distribution, Likelihood, LikelihoodLike, mean_and_scale
+from pyro_vae.initialization import set_output_bias
 
 
 class Decoder(nn.Module):
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
         return self.likelihood(self.net(z))
 
     def start_at_data(self, x: Tensor) -> None:
-        """Set the bias of the last layer so that p(x | z) starts with the data's mean (and scale).
+        """Set the bias of the last layer so that p(x | z) starts with the data's mean (and scale); NaN is left out.
 
         Without it, importance-weighted results on MNIST end about one nat worse.
 
@@ -44,10 +44,19 @@ class Decoder(nn.Module):
 
         Source: the code of Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
         """
-        output_bias = getattr(self.likelihood, "output_bias", None)
-        if output_bias is None or getattr(type(self.likelihood), "output_bias", None) is Likelihood.output_bias:
+        bias = self._bias_at(x)
+        if bias is None:
             raise ValueError(
                 f"{type(self.likelihood).__name__} has no output_bias(mean, scale), expected one to start at the "
                 "data's mean: add it, or skip start_at_data."
             )
-        set_output_bias(self.net, output_bias(x.mean(0), x.std(0)))
+        set_output_bias(self.net, bias)
+
+    def _bias_at(self, x: Tensor) -> Tensor | None:
+        if isinstance(self.likelihood, Likelihood):
+            try:
+                return self.likelihood.bias_at(x)
+            except NotImplementedError:
+                return None
+        output_bias = getattr(self.likelihood, "output_bias", None)  # a likelihood of your own need not be derived
+        return None if output_bias is None else output_bias(*mean_and_scale(x))

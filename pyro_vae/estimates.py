@@ -1,16 +1,26 @@
-"""Estimates of the ELBO and of log p(x), with their standard error, K and data policy. Nothing is trained."""
+r"""Estimates of the ELBO and of log p(x), with their standard error, K and data policy. Nothing is trained.
+
+The spread over examples holds two errors, told apart here:
+
+.. math:: \mathrm{se}^2 = \mathrm{se}_{\text{data}}^2 + \mathrm{se}_{\text{Monte Carlo}}^2
+
+The first shrinks with more examples only, the second with more draws of z for each of them.
+"""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyro_vae.contracts import check_vae, untouched
-from pyro_vae.terms import Terms, check_num_particles, draw
+from pyro_vae import tails
+from pyro_vae.contracts import NO_LIKELIHOOD, check_vae, is_normalised, untouched
+from pyro_vae.terms import Program, Terms, check_num_particles, draw
+from pyro_vae.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -19,19 +29,31 @@ class Estimate:
 
     Args:
         name: what is estimated.
-        values: the estimate of each example, [N], nats.
-        num_particles: draws of z behind each of them, K.
+        values: the estimate of each example, [N].
+        num_particles: draws of z behind each of them, K; 0 for an exact value.
         policy: how the data was prepared (binarisation, seed, split).
+        errors: the Monte-Carlo standard error of each value, [N]: zeros for exact values, None where unknown (K = 1).
+        effective_sample_size: how many equal weights the K weights of each example are worth, [N], or None.
+        pareto_k: the shape of the tail of each example's weights, [N], see :func:`pyro_vae.tails.pareto_k`, or None.
+        method: how it was estimated, in words, where it is more than K draws from q(z|x).
+        units: what the values are counted in.
+        caveat: what must not be claimed from it, said wherever it is shown.
     """
 
     name: str
     values: Tensor
     num_particles: int
     policy: str = ""
+    errors: Tensor | None = None
+    effective_sample_size: Tensor | None = None
+    pareto_k: Tensor | None = None
+    method: str = ""
+    units: str = "nats"
+    caveat: str = ""
 
     @property
     def mean(self) -> float:
-        """The mean over the examples, nats per example."""
+        """The mean over the examples, per example."""
         return self.values.mean().item()
 
     @property
@@ -42,28 +64,170 @@ class Estimate:
         return (self.values.std() / math.sqrt(len(self.values))).item()
 
     @property
+    def monte_carlo_error(self) -> float:
+        """The part of the standard error that more draws of z would remove: were the data fixed, all of it."""
+        if self.errors is None:
+            return math.nan
+        return (self.errors.double().square().sum().sqrt() / len(self.values)).item()
+
+    @property
+    def data_error(self) -> float:
+        """The part of the standard error that only more examples would lower."""
+        return math.sqrt(max(self.standard_error**2 - self.monte_carlo_error**2, 0.0))
+
+    @property
     def num_examples(self) -> int:
         """The number of examples n."""
         return len(self.values)
 
+    @property
+    def untrusted(self) -> Tensor | None:
+        """For which examples the weights are too heavy-tailed for K draws, [N] boolean; None where it is unknown."""
+        if self.pareto_k is None:
+            return None
+        return ~(self.pareto_k <= tails.largest_pareto_k(self.num_particles))  # nan is not trusted
+
+    @property
+    def warning(self) -> str:
+        """One line where K is too small to trust the number, else nothing."""
+        if self.untrusted is None or not bool(self.untrusted.any()):
+            return ""
+        return (
+            f"K={self.num_particles} is too small for {int(self.untrusted.sum())} of {self.num_examples} examples "
+            f"(Pareto k > {tails.largest_pareto_k(self.num_particles):.2f}): there {self.name} is underestimated, and "
+            "its error too; raise num_particles or use annealed_log_evidence."
+        )
+
+    def bits_per_dim(self, num_dims: int) -> "Estimate":
+        r"""The same estimate as the number of bits that a number of x costs; lower is better.
+
+        .. math:: \mathrm{bits} = -\frac{\log p(x)}{E \log 2}
+
+        A code length only where p(x | z) gives probabilities of levels (bytes, counts, bits); of a density it is not.
+
+        Args:
+            num_dims: how many numbers E make up one example, such as 3 * 32 * 32.
+        """
+        if self.units != "nats" or num_dims < 1:
+            raise ValueError(f"expected nats and num_dims >= 1, found {self.units} and {num_dims}: convert nats once.")
+        scale = 1 / (num_dims * math.log(2))
+        errors = None if self.errors is None else self.errors * scale
+        return replace(
+            self,
+            name=f"-{self.name}",
+            values=-self.values * scale,
+            errors=errors,
+            effective_sample_size=None,  # said once, of log p(x) itself
+            pareto_k=None,
+            units="bits per dimension",
+        )
+
     def summary(self) -> dict[str, Any]:
-        """The numbers as plain Python, for JSON."""
-        return {
+        """The numbers as plain Python, for JSON; what is unknown is left out, a standard error that is none is None."""
+        least = None if self.effective_sample_size is None else self.effective_sample_size.min().item()
+        most = None if self.pareto_k is None else self.pareto_k.max().item()
+        result = {
             "name": self.name,
             "mean": self.mean,
             "standard_error": self.standard_error,
+            "monte_carlo_error": self.monte_carlo_error,
+            "data_error": self.data_error,
             "num_particles": self.num_particles,
             "num_examples": self.num_examples,
-            "units": "nats per example",
+            "units": self._unit_text,
             "policy": self.policy,
+            "method": self.method,
+            "smallest_effective_sample_size": least,
+            "largest_pareto_k": most,
+            "untrusted_examples": None if self.untrusted is None else int(self.untrusted.sum()),
+            "warning": self.warning,
+            "caveat": self.caveat,
         }
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+        return {k: v for k, v in finite.items() if v not in (None, "") or k in ("mean", "standard_error", "policy")}
+
+    @property
+    def _unit_text(self) -> str:
+        return f"{self.units} per example" if self.units == "nats" else self.units
 
     def __str__(self) -> str:
+        return f"{self._text}; {self.caveat}" if self.caveat else self._text
+
+    @property
+    def _text(self) -> str:
+        how = self.method or ("exact" if self.num_particles == 0 else f"K={self.num_particles}")
         error = self.standard_error
+        if math.isnan(error) and not math.isnan(self.monte_carlo_error):
+            number = with_error(self.mean, self.monte_carlo_error)
+            return f"{number} {self.units} ({how}, one example: Monte-Carlo error only)"
         if math.isnan(error):
-            return f"{self.mean:.2f} nats (K={self.num_particles}, one example: no standard error)"
-        number = with_error(self.mean, error)
-        return f"{number} nats per example (K={self.num_particles}, n={self.num_examples})"
+            return f"{self.mean:.2f} {self.units} ({how}, one example: no standard error)"
+        text = f"{with_error(self.mean, error)} {self._unit_text} ({how}, n={self.num_examples})"
+        return f"{text}; K too small for {int(self.untrusted.sum())} of them" if self.warning else text  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher one estimate is than another on the same examples: the spread that they share cancels.
+
+    Args:
+        name: what is compared.
+        values: the difference of each example, [N].
+        units: what the values are counted in.
+    """
+
+    name: str
+    values: Tensor
+    units: str = "nats"
+
+    @property
+    def mean(self) -> float:
+        """The mean difference, per example."""
+        return self.values.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the mean difference, from the spread of the differences; nan for one example."""
+        return (self.values.std() / math.sqrt(len(self.values))).item() if len(self.values) > 1 else math.nan
+
+    def __str__(self) -> str:
+        return f"{with_error(self.mean, self.standard_error)} {self.units} (paired, n={len(self.values)})"
+
+
+def paired_difference(a: Estimate, b: Estimate) -> Difference:
+    r"""How much higher a is than b, example by example, with the standard error of the mean difference.
+
+    .. math:: \bar d = \frac 1 N \sum_n (a_n - b_n), \qquad \mathrm{se} = \mathrm{sd}(a_n - b_n) / \sqrt N
+
+    Args:
+        a: an estimate.
+        b: another of the same examples, of one model or of two.
+
+    Returns:
+        The difference a - b.
+
+    Raises:
+        ValueError: the two were made of differently prepared data, of other numbers of examples, or in other units.
+
+    Example:
+        >>> a = Estimate("log p(x)", torch.tensor([-80.0, -90.0]), 100, "static")
+        >>> b = Estimate("log p(x)", torch.tensor([-81.0, -93.0]), 100, "static")
+        >>> print(paired_difference(a, b))
+        2.0 ± 1.0 nats (paired, n=2)
+    """
+    pairs = {
+        "data policies": (a.policy, b.policy),
+        "numbers of examples": (a.num_examples, b.num_examples),
+        "units": (a.units, b.units),
+    }
+    for what, (of_a, of_b) in pairs.items():
+        if of_a != of_b:
+            raise ValueError(
+                f"expected equal {what}, found {of_a!r} and {of_b!r}: numbers about different data cannot be compared; "
+                "evaluate both on one data set."
+            )
+    name = a.name if a.name == b.name else f"{a.name} against {b.name}"
+    return Difference(name, a.values.to(b.values) - b.values, a.units)
 
 
 def with_error(mean: float, error: float) -> str:
@@ -90,8 +254,8 @@ def elbo_terms(
         max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes.
 
     Returns:
-        Estimates named "elbo", "log_px" and "kl", nats per example. With a point-mass guide (Delta) these are
-        no ELBO and no KL, and their ``name`` says so.
+        Estimates named "elbo", "log_px" and "kl", nats per example. With a point-mass guide (Delta), or a score in the
+        place of p(x|z), these are no ELBO, and their ``name`` and ``caveat`` say so.
 
     Raises:
         ValueError: num_particles < 1 or no example.
@@ -103,8 +267,8 @@ def elbo_terms(
         >>> bool(torch.isclose(terms["elbo"].values, terms["log_px"].values - terms["kl"].values).all())
         True
     """
-    log_px, kl = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
-    names = ("ELBO", "E log p(x|z)", "KL(q(z|x), p(z))")
+    sums = torch.zeros(2, 3, len(x), dtype=torch.float64, device=x.device)  # of the values and of their squares
+    names, caveat = ("ELBO", "E log p(x|z)", "KL(q(z|x), p(z))"), ""
     with untouched(vae, seed):
         for rows, terms in _passes(vae, x, num_particles, max_elements):
             if _has_point_mass(terms):
@@ -113,12 +277,17 @@ def elbo_terms(
                     "log p(x|z) at the code",
                     "-log p(z) at the code",
                 )
-            log_px[rows] += terms.log_px.sum(0, dtype=torch.float64) / num_particles
-            kl[rows] += (terms.log_qz - terms.log_pz).sum(0, dtype=torch.float64) / num_particles
+            if _has_score(terms):
+                names, caveat = ("score - KL (no bound)", "score in place of log p(x|z)", names[2]), NO_LIKELIHOOD
+            values = torch.stack([terms.log_w, terms.log_px, terms.log_qz - terms.log_pz]).double()
+            sums[:, :, rows] += torch.stack([values.sum(1), values.square().sum(1)])
+    means, squares = sums / num_particles
+    errors: list[Tensor | None] = [None] * 3
+    if num_particles > 1:
+        errors = list(((squares - means.square()).clamp(min=0) / (num_particles - 1)).sqrt())
     return {
-        "elbo": Estimate(names[0], log_px - kl, num_particles, policy),
-        "log_px": Estimate(names[1], log_px, num_particles, policy),
-        "kl": Estimate(names[2], kl, num_particles, policy),
+        key: Estimate(name, mean, num_particles, policy, error, caveat=caveat if key != "kl" else "")
+        for key, name, mean, error in zip(("elbo", "log_px", "kl"), names, means, errors, strict=True)
     }
 
 
@@ -145,6 +314,8 @@ def log_evidence(
     .. math:: \log \hat p_K(x) = \log \frac 1 K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k|x)}, \qquad z_k \sim q(z|x)
 
     On average a lower bound on log p(x) (the IWAE bound) that rises to it with K; never compare numbers of different K.
+    The estimate carries a standard error, an effective sample size and a Pareto k for each example; where the last is
+    too large for K, its ``warning`` says so. The encoder of a :class:`VAE` runs once for each example.
 
     Args:
         vae: a model with ``model`` and ``guide``.
@@ -152,13 +323,14 @@ def log_evidence(
         num_particles: number K of draws of z for each example; honoured exactly.
         seed: seed of the draws; the random state outside is untouched.
         policy: the data policy to carry.
-        max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes.
+        max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes (300 MiB by
+            default), whatever N and K, unless the decoder's layers are far wider than x.
 
     Returns:
         An estimate, nats per example, higher is better.
 
     Raises:
-        ValueError: num_particles < 1, no example, or the guide is a point mass.
+        ValueError: num_particles < 1, no example, the guide is a point mass, or p(x|z) is a score, no likelihood.
 
     Source: Burda, Grosse, Salakhutdinov (2016), section 5 (L_5000), arXiv:1509.00519.
 
@@ -166,9 +338,11 @@ def log_evidence(
         >>> from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, StandardNormal
         >>> vae = VAE(StandardNormal(2), Decoder(Mlp(2, 8, 7), Bernoulli()), DiagonalNormal(Mlp(7, 8, 4)))
         >>> print(log_evidence(vae, torch.ones(5, 7), num_particles=100))
-        -... ± ... nats per example (K=100, n=5)
+        -... ± ... nats per example (K=100, n=5)...
     """
-    log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+    empty = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
+    values, errors, sizes, shapes = empty.clone(), empty.clone(), empty.clone(), empty.clone()
+    parts: list[Tensor] = []  # of the weights of some examples, until all K are there
     with untouched(vae, seed):
         for rows, terms in _passes(vae, x, num_particles, max_elements):
             if _has_point_mass(terms):
@@ -176,8 +350,50 @@ def log_evidence(
                     "expected a guide with a density, found a point mass (Delta): log p(x) cannot be estimated; "
                     "use another posterior, for example DiagonalNormal."
                 )
-            log_sum[rows] = torch.logaddexp(log_sum[rows], terms.log_w.double().logsumexp(0))
-    return Estimate("log p(x)", log_sum - math.log(num_particles), num_particles, policy)
+            if _has_score(terms):
+                raise ValueError(
+                    f"expected a likelihood, found a score in the place of p(x | z) ({NO_LIKELIHOOD}): "
+                    "use elbo_terms for its value, or a likelihood for log p(x)."
+                )
+            parts.append(terms.log_w.double())
+            if sum(map(len, parts)) == num_particles:
+                log_w = torch.cat(parts)
+                parts.clear()
+                values[rows] = log_w.logsumexp(0) - math.log(num_particles)
+                sizes[rows] = tails.effective_sample_size(log_w)
+                if num_particles > 1:
+                    errors[rows] = tails.standard_error_of_log_mean(log_w)
+                if num_particles >= tails.FEWEST_DRAWS:
+                    shapes[rows] = tails.pareto_k(log_w)
+    return Estimate(
+        "log p(x)",
+        values,
+        num_particles,
+        policy,
+        errors if num_particles > 1 else None,
+        sizes,
+        shapes if num_particles >= tails.FEWEST_DRAWS else None,
+    )
+
+
+def log_weights(vae: Any, x: Tensor, num_particles: int = 5000, *, seed: int = 0, max_elements: int = 2**22) -> Tensor:
+    """The log-weights behind :func:`log_evidence`, for a picture of them: log p(x, z) - log q(z|x).
+
+    Args:
+        vae: a model with ``model`` and ``guide``.
+        x: a few examples, [B, *E]: all K B weights are kept.
+        num_particles: number K of draws of z for each example.
+        seed: seed of the draws; the random state outside is untouched.
+        max_elements: numbers of x handled in one pass, K included.
+
+    Returns:
+        [K, B], nats.
+    """
+    with untouched(vae, seed):
+        columns: dict[int, list[Tensor]] = {}
+        for rows, terms in _passes(vae, x, num_particles, max_elements):
+            columns.setdefault(rows.start, []).append(terms.log_w.double())
+        return torch.cat([torch.cat(parts) for parts in columns.values()], dim=1)
 
 
 def _passes(vae: Any, x: Tensor, num_particles: int, max_elements: int) -> Iterator[tuple[slice, Terms]]:
@@ -189,18 +405,39 @@ def _passes(vae: Any, x: Tensor, num_particles: int, max_elements: int) -> Itera
     check_num_particles(num_particles)
     rows_at_once = max(1, max_elements // max(1, x[0].numel()))
     batch = min(len(x), rows_at_once, max(64, rows_at_once // num_particles))
+    batch = max(1, min(batch, max_elements // num_particles))  # the weights themselves are kept for the batch
     particles = max(1, min(num_particles, rows_at_once // batch))
     for start in range(0, len(x), batch):
         rows = slice(start, min(start + batch, len(x)))
+        guide = _encoded_once(vae, x[rows])
         for done in range(0, num_particles, particles):
             count = min(particles, num_particles - done)
-            terms = draw(vae.model, vae.guide, x[rows], num_particles=count)
+            terms = draw(vae.model, guide, x[rows], num_particles=count)
             if terms.log_px.shape != (count, rows.stop - rows.start):
                 raise ValueError(
                     f"expected terms of shape {(count, rows.stop - rows.start)} (particles, examples), found "
                     f"{tuple(terms.log_px.shape)}: put all sites of model and guide in one plate over the examples."
                 )
             yield rows, terms
+
+
+def _encoded_once(vae: Any, x: Tensor) -> Program:
+    """The guide at x, its encoder run here and now instead of in every pass; a guide of the user's own as it is."""
+    if not isinstance(vae, VAE) or type(vae).guide is not VAE.guide:
+        return vae.guide
+    q = vae.encoder(x)
+
+    def guide(x: Tensor) -> Tensor:
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", q)
+
+    return guide
+
+
+def _has_score(terms: Terms) -> bool:
+    """Whether an observed site is scored by something that is no distribution."""
+    sites = terms.model_trace.nodes.values()
+    return any(s["type"] == "sample" and s["is_observed"] and not is_normalised(s["fn"]) for s in sites)
 
 
 def _has_point_mass(terms: Terms) -> bool:

@@ -1,17 +1,20 @@
-"""Exact answers: the linear-Gaussian VAE in closed form, and quadrature for one or two latent dimensions.
+"""Exact answers: the linear-Gaussian VAE in closed form, quadrature for one or two latent dimensions, and the sum over
+all values of a discrete z.
 
 Every estimate and every bound of the library is tested against these.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.contracts import DecoderLike, PriorLike
+from pyro_vae.contracts import DecoderLike, PriorLike, untouched
 from pyro_vae.decoders import Decoder
+from pyro_vae.discrete import all_values
 from pyro_vae.encoders import DiagonalNormal, FullNormal
 from pyro_vae.likelihoods import Normal
 from pyro_vae.priors import StandardNormal
@@ -184,8 +187,66 @@ def log_evidence_by_quadrature(
         grid = torch.cartesian_prod(*[axis] * latent_dim).reshape(-1, latent_dim)
         log_cell = latent_dim * math.log(2 * limit / (num_points - 1))
         parts = []
-        for z in grid.split(20_000):
+        at_once = max(1, min(20_000, 2**22 // max(1, x.numel())))  # memory is some 20 times 2^22 numbers
+        for z in grid.split(at_once):
             log_pz = p.log_prob(z)
-            log_px = decoder(z.unsqueeze(1).expand(-1, len(x), -1)).log_prob(x)
+            log_px = decoder(z.unsqueeze(1)).log_prob(x)  # decoded once, scored for every x
             parts.append((log_pz.unsqueeze(1) + log_px).logsumexp(0))
         return torch.stack(parts).logsumexp(0) + log_cell
+
+
+def joint_by_enumeration(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The joint log-probabilities log p(x, z) of all values of a discrete z, up to 4096 of them (12 bits).
+
+    .. math:: \log p(x, z_s) = \log p(z_s) + \log p(x \mid z_s), \qquad s = 1, \dots, S
+
+    The exact posterior is ``log_joint.softmax(0)``, [S, B]; the log-evidence is ``log_joint.logsumexp(0)``.
+
+    Args:
+        vae: a model with ``prior`` and ``decoder``.
+        x: data, [B, *E].
+
+    Returns:
+        The values of z, [S, D], and log p(x, z), [S, B], nats.
+
+    Raises:
+        ValueError: z is neither a one-hot vector nor a vector of bits, or has more than 4096 values.
+
+    Example:
+        >>> from pyro_vae import VAE, Bernoulli, Decoder, Mlp, discrete, priors
+        >>> parts = Decoder(Mlp(3, 8, 7), Bernoulli()), discrete.OneHotCategorical(Mlp(7, 8, 3))
+        >>> z, log_joint = joint_by_enumeration(VAE(priors.OneHotCategorical(3), *parts), torch.ones(5, 7))
+        >>> z.shape, log_joint.shape
+        (torch.Size([3, 3]), torch.Size([3, 5]))
+    """
+    with untouched(vae):
+        prior = vae.prior()
+        z = all_values(prior)
+        log_pz = prior.log_prob(z).unsqueeze(1)
+        rows_at_once = max(1, 2**22 // (len(z) * max(1, x[:1].numel())))
+        log_px = [vae.decoder(z.unsqueeze(1)).log_prob(rows) for rows in x.split(rows_at_once)]
+        return z, log_pz + torch.cat(log_px, dim=1)
+
+
+def log_evidence_by_enumeration(vae: Any, x: Tensor) -> Tensor:
+    r"""The log-evidence log p(x) of a model with a discrete z, exactly: the sum over all its values.
+
+    .. math:: \log p(x) = \log \sum_{s=1}^S p(z_s) \, p(x \mid z_s)
+
+    Args:
+        vae: a model with ``prior`` and ``decoder``; the encoder plays no part.
+        x: data, [B, *E].
+
+    Returns:
+        [B], nats.
+
+    Raises:
+        ValueError: z is neither a one-hot vector nor a vector of bits, or has more than 4096 values.
+
+    Example:
+        >>> from pyro_vae import VAE, Bernoulli, Decoder, Mlp, discrete, priors
+        >>> parts = Decoder(Mlp(4, 8, 7), Bernoulli()), discrete.Bernoulli(Mlp(7, 8, 4))
+        >>> log_evidence_by_enumeration(VAE(priors.Bernoulli(4), *parts), torch.ones(5, 7)).shape
+        torch.Size([5])
+    """
+    return joint_by_enumeration(vae, x)[1].logsumexp(0)

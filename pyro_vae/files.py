@@ -1,15 +1,16 @@
 """Data sets of your own: a folder of images, an array file, a table. See :class:`pyro_vae.datasets.DataSet`."""
 
 import csv
-import math
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.columns import describe, read_columns
 from pyro_vae.datasets import (
     POLICIES,
     Binarization,
@@ -36,10 +37,10 @@ class ImageFolder(_Pixels):
     Args:
         root: the folder.
         size: height and width of x in pixels.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB; None: 3 if any picture has colour, else 1.
         test_fraction: share of the images held out as test (at least one), between 0 and 1.
         seed: seed of the split and of everything that is drawn once.
-        binarization: ``grey``, ``static`` or ``dynamic``.
+        binarization: ``grey``, ``static``, ``dynamic`` or ``levels``.
 
     Raises:
         FileNotFoundError: root is not a folder.
@@ -50,14 +51,14 @@ class ImageFolder(_Pixels):
         self,
         root: str,
         size: int = 32,
-        channels: Literal[1, 3] = 1,
+        channels: Literal[1, 3] | None = None,
         test_fraction: float = 0.1,
         seed: int = 0,
         binarization: Binarization = "grey",
     ) -> None:
         _expect_whole("size", size, 1)
-        _expect_choice("channels", channels, (1, 3))
-        _expect_choice("binarization", binarization, ("grey", "static", "dynamic"))
+        _expect_choice("channels", channels, (1, 3, None))
+        _expect_choice("binarization", binarization, get_args(Binarization))
         folder = Path(root).expanduser().resolve()
         _expect(folder.is_dir(), "a folder of images", f"no folder {folder}", "check root", FileNotFoundError)
         endings = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -72,7 +73,11 @@ class ImageFolder(_Pixels):
             _expect(sorted_in, f"all images of {folder} in sub-folders or none", "both", "move the loose ones")
             labels = torch.tensor([self.classes.index(top) for top in tops], device="cpu")
             self.train_labels, self.test_labels = labels[train], labels[test]
-        pixels = torch.stack([_picture(f, size, channels) for f in files])
+        pixels = torch.stack([_picture(f, size, channels or 3) for f in files])
+        if channels is None:
+            grey = bool((pixels == pixels[:, :1]).all())
+            channels = 1 if grey else 3
+            pixels = pixels[:, :channels].clone()
         self._store(pixels[train], pixels[test], binarization, generator)
         self.name = folder.name
         self.policy = (
@@ -87,7 +92,8 @@ class ArrayFile(_Pixels):
     Accepted are [N, E], [N, H, W] (becomes [N, 1, H, W]), [N, C, H, W], and for uint8 also [N, H, W, C] with 1
     or 3 channels last, moved to [N, C, H, W] (where axis 1 is 1 or 3 too, it is read as channels first).
     Under ``none`` the natural likelihood is Bernoulli where all values are 0 or 1, ContinuousBernoulli where
-    they stay in [0, 1], else Normal. Labels are whole numbers, one a row.
+    they stay in [0, 1], else Normal. NaN is a missing value (under ``none``), and the natural likelihood then
+    Masked. Labels are whole numbers, one a row.
 
     Args:
         path: the file.
@@ -98,7 +104,7 @@ class ArrayFile(_Pixels):
         test_fraction: share held out as test (at least one) where the file has no test set, between 0 and 1.
         seed: seed of the split and of everything that is drawn once.
         binarization: ``none`` for values as they are; for grey values (bytes 0..255, or floats in [0, 1])
-            ``grey``, ``static`` or ``dynamic`` as for :class:`MNIST`.
+            ``grey``, ``static`` or ``dynamic`` as for :class:`MNIST`; for bytes also ``levels``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -113,9 +119,9 @@ class ArrayFile(_Pixels):
         label_key: str | None = None,
         test_fraction: float = 0.1,
         seed: int = 0,
-        binarization: Literal["none", "grey", "static", "dynamic"] = "none",
+        binarization: Literal["none", "grey", "static", "dynamic", "levels"] = "none",
     ) -> None:
-        _expect_choice("binarization", binarization, ("none", "grey", "static", "dynamic"))
+        _expect_choice("binarization", binarization, ("none", *get_args(Binarization)))
         file = Path(path).expanduser()
         arrays = _arrays(file, key, label_key)
         rows, labels = _rows(arrays["train"], file), _labels(arrays, "train", file)
@@ -133,30 +139,44 @@ class ArrayFile(_Pixels):
                 self.train_labels, self.test_labels = labels[first], labels[second]
         rows = torch.cat([train, test])
         bits, is_bytes = bool(((rows == 0) | (rows == 1)).all()), rows.dtype == torch.uint8
+        gaps = int(rows.isnan().sum())
         if binarization == "none":
-            remedy = "choose binarization=grey, static or dynamic, or save the array as float32"
-            _expect(bits or not is_bytes, f"floats or bits in {file}", f"bytes up to {int(rows.max())}", remedy)
+            remedy = "choose binarization=grey, static, dynamic or levels, or save the array as float32"
+            _expect(bits or not is_bytes, f"floats or bits in {file}", f"bytes up to {rows.max():.0f}", remedy)
             self._binarization, self.train, self.test = "none", train, test.float()
-            unit = "ContinuousBernoulli" if rows.min() >= 0 and rows.max() <= 1 else "Normal"
-            self.natural_likelihood = ("Bernoulli" if bits else unit, {})
+            there = rows[~rows.isnan()] if gaps else rows
+            _expect(len(there.flatten()) > 0, f"numbers in {file}", "only NaN", "check the file")
+            unit = "ContinuousBernoulli" if there.min() >= 0 and there.max() <= 1 else "Normal"
+            only_bits = bits or (gaps > 0 and bool(((there == 0) | (there == 1)).all()))
+            natural: tuple[str, dict[str, Any]] = ("Bernoulli" if only_bits else unit, {})
+            self.natural_likelihood = ("Masked", {"likelihood": natural}) if gaps else natural
         else:
             # Bits read as bytes would be 0 and 1/255: nearly black pictures, and nobody would be told.
             problem = is_bytes and bits
             _expect(not problem, f"bytes 0..255 in {file}", "only 0 and 1", "choose binarization=none for bits")
+            known = is_bytes or binarization != "levels"
+            _expect(
+                known, f"bytes 0..255 (uint8) in {file}", rows.dtype, "save them as uint8, or choose another policy"
+            )
             _expect_grey(rows, f"rescale {file}, or choose binarization=none")
             self._store(train, test, binarization, generator)
         self.name = file.name
-        self.policy = f"{self.name}, {POLICIES[binarization].format(seed=seed)}, {split}, {_counts(self)}"
+        missing = f"{gaps} of {rows.numel()} values missing (NaN), " if gaps else ""
+        self.policy = f"{self.name}, {POLICIES[binarization].format(seed=seed)}, {missing}{split}, {_counts(self)}"
 
 
 class Table(DataSet):
-    r"""The numeric columns of a CSV file with a header row, standardised; float32 rows [N, E].
+    r"""The columns of a CSV file with a header row, each of its own kind; float32 rows [N, E].
 
     .. math:: x_{ij} = (\text{cell}_{ij} - \mathrm{loc}_j) / \mathrm{scale}_j
 
-    ``loc`` and ``scale`` ([E], kept) are mean and standard deviation (divisor N) of the training rows alone.
-    Densities are those of the standardised x: for the file's units subtract the sum of log ``scale``. Blank
-    lines hold no row. ``columns`` names the columns, ``classes`` the labels in sorted order.
+    Real numbers are standardised: ``loc`` and ``scale`` ([E], kept) are mean and standard deviation (divisor N) of the
+    training rows alone; positive numbers of several sizes (``positive``) are divided by their geometric mean. Counts
+    stay as they are (loc 0, scale 1), and a text is the index of its level. What a column is, is read from its cells
+    (:func:`pyro_vae.columns.read_columns`), told by ``policy``, and corrected by ``kinds``. The natural likelihood is
+    HeteroscedasticNormal where all columns are normal, Bernoulli where all are binary, else MixedColumns; with missing
+    cells (NaN in x) it is Masked. Densities are those of x: for the file's units subtract the sum of log ``scale``.
+    Blank lines hold no row. ``columns`` names the columns, ``classes`` the labels in sorted order.
 
     Args:
         path: the file, UTF-8.
@@ -164,11 +184,14 @@ class Table(DataSet):
         test_fraction: share of the rows held out as test (at least one), between 0 and 1.
         seed: seed of the split.
         delimiter: the character between cells.
+        kinds: column name -> normal, positive, count, binary or categorical, where the cells mislead.
+        missing: what stands in a cell without a value.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a cell is empty, not a number or not finite (named by line and column), a column is
-            constant, the header does not fit, fewer than 2 rows, or an argument is out of its range.
+        ValueError: a cell is not a finite number in a column of numbers (named by line and column), a column is
+            constant or has a text of its own for each row, the header does not fit, fewer than 2 rows, or an argument
+            is out of its range.
     """
 
     def __init__(
@@ -178,19 +201,26 @@ class Table(DataSet):
         test_fraction: float = 0.2,
         seed: int = 0,
         delimiter: str = ",",
+        kinds: dict[str, str] | None = None,
+        missing: Sequence[str] = ("", "NA", "NaN", "nan", "?"),
     ) -> None:
         _expect(len(delimiter) == 1, "a delimiter of one character", repr(delimiter), "give one")
         file = Path(path).expanduser()
-        self.columns, values, texts = _read_csv(file, label, delimiter)
+        columns, texts = read_columns(file, label, delimiter, kinds or {}, missing)
+        values = torch.stack([column.values for column in columns], 1)
         train, test = _split(len(values), test_fraction, _generator(seed))
         seen = values[train]
-        for name, column in zip(self.columns, seen.T, strict=True):
+        for column, numbers in zip(columns, seen.T, strict=True):
+            numbers = numbers[~numbers.isnan()]
             # Not scale == 0: the rounded mean of equal numbers need not be that number.
-            found = f"column {name!r} of {file} constant over the {len(seen)} training rows"
-            _expect(bool(column.min() < column.max()), "columns that vary", found, "remove the column")
-        loc, scale = seen.mean(0), seen.std(0, correction=0)
+            found = f"column {column.name!r} of {file} constant over the {len(seen)} training rows"
+            varies = len(numbers) > 0 and bool(numbers.min() < numbers.max())
+            _expect(varies, "columns that vary", found, "remove the column")
+        units = [column.unit(numbers) for column, numbers in zip(columns, seen.T, strict=True)]
+        loc, scale = torch.tensor(units, dtype=torch.float64, device="cpu").T
         x, self.loc, self.scale = ((values - loc) / scale).float(), loc.float(), scale.float()
-        held = bool(x.isfinite().all() and (self.scale > 0).all() and (self.loc + self.scale).isfinite().all())
+        gaps = values.isnan()
+        held = bool((x.isfinite() | gaps).all() and (self.scale > 0).all() and (self.loc + self.scale).isfinite().all())
         _expect(held, f"numbers that float32 holds in {file}", "some too large or too small", "rescale them")
         self.train, self.test = x[train], x[test]
         self.classes = sorted(set(texts))
@@ -198,12 +228,23 @@ class Table(DataSet):
             number = {text: i for i, text in enumerate(self.classes)}
             labels = torch.tensor([number[text] for text in texts], device="cpu")
             self.train_labels, self.test_labels = labels[train], labels[test]
-        self.natural_likelihood = ("HeteroscedasticNormal", {})
+        natural = columns[0].likelihood
+        if {column.kind for column in columns} not in ({"normal"}, {"binary"}):
+            natural = ("tables.MixedColumns", {"likelihoods": [column.likelihood for column in columns]})
+        self.natural_likelihood = ("Masked", {"likelihood": natural}) if gaps.any() else natural
+        self.columns, self._columns, self._delimiter = [column.name for column in columns], columns, delimiter
         self.name = file.name
-        self.policy = (
-            f"{self.name}, columns standardised by the training mean and standard deviation, "
-            f"split with seed {seed}, {_counts(self)}"
-        )
+        self.policy = f"{self.name}, {describe(columns)}, split with seed {seed}, {_counts(self)}"
+
+    def csv(self, x: Tensor) -> str:
+        """Rows x [N, E] as CSV text in the units and with the words of the file; a missing number is an empty cell."""
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter=self._delimiter, lineterminator="\n")
+        writer.writerow(self.columns)
+        cells = x.detach().cpu().double() * self.scale.cpu().double() + self.loc.cpu().double()
+        for row in cells.tolist():
+            writer.writerow([column.text(value) for column, value in zip(self._columns, row, strict=True)])
+        return text.getvalue()
 
 
 def _picture(file: Path, size: int, channels: int) -> Tensor:
@@ -249,7 +290,7 @@ def _arrays(file: Path, key: str | None, label_key: str | None) -> dict[str, np.
 
 
 def _rows(array: np.ndarray, file: Path) -> Tensor:
-    """Rows as uint8 or finite float32, images channel first."""
+    """Rows as uint8 or float32 (NaN where missing), images channel first."""
     kind, shape = array.dtype.kind, array.shape
     known = array.dtype == np.uint8 or kind in "bf"
     remedy = "convert it with .astype('uint8') (bytes) or .astype('float32')"
@@ -263,8 +304,7 @@ def _rows(array: np.ndarray, file: Path) -> Tensor:
         array = np.moveaxis(array, 3, 1)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
         rows = torch.from_numpy(np.array(array, dtype=np.float32 if kind == "f" else np.uint8, order="C"))
-    finite = bool(rows.isfinite().all())
-    _expect(finite, f"finite float32 values in {file}", "NaN or infinity", "remove or replace them")
+    _expect(not rows.isinf().any(), f"finite float32 values in {file}", "infinity", "remove or replace it")
     return rows
 
 
@@ -277,42 +317,3 @@ def _labels(arrays: dict[str, np.ndarray], part: str, file: Path) -> Tensor | No
     fits = array.shape in ((count,), (count, 1))
     _expect(fits, f"{count} labels in {file}", f"shape {list(array.shape)}", "give one label a row")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
-
-
-def _read_csv(file: Path, label: str | None, delimiter: str) -> tuple[list[str], Tensor, list[str]]:
-    """Names of the numeric columns, their float64 values [N, E], and the label texts."""
-    _expect(file.is_file(), "a CSV file", f"no file {file}", "check path", FileNotFoundError)
-    with (
-        _reading("CSV text in UTF-8", file, "convert it"),
-        file.open(newline="", encoding="utf-8-sig") as text,
-    ):
-        reader = csv.reader(text, delimiter=delimiter)
-        table = [(reader.line_num, [c.strip() for c in cells]) for cells in reader if cells]
-    header = table[0][1] if table else []
-    found = ", ".join(map(repr, header)) or "nothing"
-    named = bool(header) and "" not in header and len(set(header)) == len(header)
-    named = named and not all(_is_finite(name) for name in header)
-    _expect(named, f"a header row of different names in {file}", found, "put the column names first")
-    _expect(label is None or label in header, f"a column {label!r} in {file}", found, "give one of these")
-    _expect(header != [label], f"numeric columns beside {label!r} in {file}", "none", "add some")
-    rows: list[list[float]] = []
-    texts: list[str] = []
-    for line, cells in table[1:]:
-        fits = len(cells) == len(header)
-        _expect(fits, f"{len(header)} cells", f"{len(cells)} in {file} line {line}", "complete the line")
-        for name, cell in zip(header, cells, strict=True):
-            if not (cell if name == label else _is_finite(cell)):
-                where = f"{file} line {line}, column {name!r}"
-                expected = "a label" if name == label else "a finite number"
-                _expect(False, expected, f"{cell!r} in {where}", "fill it in (only label names text)")
-        rows.append([float(c) for name, c in zip(header, cells, strict=True) if name != label])
-        texts += [c for name, c in zip(header, cells, strict=True) if name == label]
-    columns = [name for name in header if name != label]
-    return columns, torch.tensor(rows, dtype=torch.float64, device="cpu"), texts
-
-
-def _is_finite(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False

@@ -2,14 +2,28 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
 from pyro_vae.contracts import Distribution, Encoder
 from pyro_vae.encoders import _check_positive
-from pyro_vae.flows import Autoregressive, Coupling, Flow, Map, MaskedMlp, Planar, Radial, normal_points, start_at_zero
+from pyro_vae.flows import (
+    Autoregressive,
+    Coupling,
+    Flow,
+    Map,
+    MaskedMlp,
+    Planar,
+    Radial,
+    ShiftScale,
+    normal_points,
+    start_at_zero,
+)
 from pyro_vae.networks import Mlp
+from pyro_vae.splines import Spline, num_parameters
 
 
 class FlowNormal(Encoder):
@@ -48,14 +62,18 @@ class FlowNormal(Encoder):
 
     def forward(self, x: Tensor) -> Distribution:
         """The distribution q(z | x)."""
+        loc, log_scale, rest = self.parts(x)
+        return Flow(Normal(loc, log_scale.exp()).to_event(1), self.maps(rest), self.points)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's outputs: m and log s, [*batch, D] each, and the rest."""
         h = self.net(x)
         if h.shape[-1] != self.width:
             raise ValueError(
                 f"{type(self).__name__} expected {self.width} outputs of its network, found {h.shape[-1]}: make the "
                 f"last layer {type(self).__name__}.num_outputs(...) wide, with the arguments of the encoder."
             )
-        loc, log_scale, rest = h.split([self.latent_dim, self.latent_dim, self.width - 2 * self.latent_dim], dim=-1)
-        return Flow(Normal(loc, log_scale.exp()).to_event(1), self.maps(rest), self.points)
+        return h.split([self.latent_dim, self.latent_dim, self.width - 2 * self.latent_dim], dim=-1)
 
 
 class PlanarFlow(FlowNormal):
@@ -291,3 +309,80 @@ class CouplingFlow(_ContextFlow):
     def maps(self, h: Tensor) -> Sequence[Map]:
         """One map for each perceptron."""
         return [Coupling(net, h, self.latent_dim // 2) for net in self.conditioners]
+
+
+class SplineFlow(_ContextFlow):
+    r"""Spline flow: each number goes through a monotone spline whose knots depend on other numbers and the context.
+
+    .. math:: z = m + s \, f_T(\dots f_1(z_0)), \quad z_0 \sim \mathcal N(0, I), \qquad
+        f(z_a, z_b) = (z_a, \; \mathrm{spline}(z_b; \mathrm{net}(z_a, \mathrm{context})))
+
+    A spline of 8 bins has almost any increasing shape on [-5, 5] and is the identity outside (:mod:`pyro_vae.splines`),
+    so that one map makes several modes, which shift and scale cannot. Mean m and scale s come last, for the splines to
+    act where the mass is. *coupling* moves one half by the other, both directions in one pass; *autoregressive* each
+    number by those before it, and takes D passes to score another z than its own draw. In one dimension both bend that
+    number by the context alone. At the start each map is the identity.
+
+    Args:
+        net: x [*batch, *E] -> [*batch, 2 D + context_dim].
+        latent_dim: number of latent dimensions D.
+        num_transforms: number of maps T.
+        hidden: size of the hidden layer of each map's network.
+        context_dim: number of outputs of the network that every map sees.
+        kind: coupling or autoregressive.
+        activation: the class of the activation inside the maps.
+
+    Returns:
+        A distribution with batch shape ``batch`` and event shape (D,), with ``rsample``; its ``mean`` is approximate.
+
+    Raises:
+        ValueError: a size below 1, an unknown kind, or the network has another number of outputs.
+
+    Source: Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows, arXiv:1906.04032.
+
+    Example:
+        >>> from pyro_vae import Mlp
+        >>> net = Mlp(7, 16, SplineFlow.num_outputs(2, context_dim=4))
+        >>> SplineFlow(net, latent_dim=2, context_dim=4)(torch.zeros(5, 7)).event_shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        latent_dim: int,
+        num_transforms: int = 2,
+        hidden: int = 64,
+        context_dim: int = 32,
+        kind: Literal["coupling", "autoregressive"] = "coupling",
+        activation: type[nn.Module] = nn.Tanh,
+    ):
+        if kind not in ("coupling", "autoregressive"):
+            raise ValueError(f"expected kind 'coupling' or 'autoregressive', found {kind!r}.")
+        self.kind = kind  # first: the constructor above makes the networks
+        super().__init__(net, latent_dim, num_transforms, hidden, context_dim, activation)
+
+    def extra_repr(self) -> str:
+        """Show the constructor's numbers."""
+        return f"{super().extra_repr()}, kind={self.kind!r}"
+
+    def conditioner(self, hidden: int, activation: type[nn.Module]) -> nn.Module:
+        """The network that gives the splines' parameters."""
+        if self.kind == "autoregressive":
+            return MaskedMlp(self.latent_dim, self.context_dim, hidden, activation, num_parameters())
+        kept = self.latent_dim // 2
+        width = num_parameters() * (self.latent_dim - kept)
+        mlp = Mlp(kept + self.context_dim, hidden, width, activation=activation)
+        return start_at_zero(mlp, mlp[-1])
+
+    def maps(self, h: Tensor) -> Sequence[Map]:
+        """One map for each network."""
+        if self.kind == "autoregressive":
+            return [Autoregressive(net, h, Spline) for net in self.conditioners]
+        return [Coupling(net, h, self.latent_dim // 2, Spline) for net in self.conditioners]
+
+    def forward(self, x: Tensor) -> Distribution:
+        """The distribution q(z | x)."""
+        loc, log_scale, rest = self.parts(x)
+        normal = Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        return Flow(normal, [*self.maps(rest), ShiftScale(loc, log_scale)], self.points)

@@ -7,7 +7,7 @@ Every map here can be inverted, so a flow scores any z, not only its own draws; 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -125,22 +125,23 @@ class Planar:
         return z + self.u * bend, torch.log1p(self.slope * (1 - bend**2)).squeeze(-1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """With a = w^T z: a + slope tanh(a + b) = w^T y, increasing in a, by bisection."""
-        target = (y * self.w).sum(-1, keepdim=True)
-        with torch.no_grad():
-            low, high = target - self.slope.abs(), target + self.slope.abs()
-            for _ in range(25 if y.dtype == torch.float32 else 55):
-                middle = (low + high) / 2
-                above = middle + self.slope * (middle + self.b).tanh() > target
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            root = (low + high) / 2
-        bend = (root + self.b).tanh()  # one step of Newton's method gives the root its derivatives
-        root = root - (root + self.slope * bend - target) / (1 + self.slope * (1 - bend**2))
-        return self._from_root(y, root)
-
-    def _from_root(self, y: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        """With a = w^T z: a + slope tanh(a + b) = w^T y."""
+        root = solve_bend((y * self.w).sum(-1, keepdim=True), self.slope, torch.ones_like(self.slope), self.b)
         bend = (root + self.b).tanh()
         return y - self.u * bend, torch.log1p(self.slope * (1 - bend**2)).squeeze(-1)
+
+
+def solve_bend(target: Tensor, height: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
+    """The number a with a + height tanh(slope a + shift) = target, by bisection; it needs height slope > -1."""
+    with torch.no_grad():
+        low, high = target - height.abs(), target + height.abs()
+        for _ in range(25 if target.dtype == torch.float32 else 55):
+            middle = (low + high) / 2
+            above = middle + height * (slope * middle + shift).tanh() > target
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        root = (low + high) / 2
+    bend = (slope * root + shift).tanh()  # one step of Newton's method gives the root its derivatives
+    return root - (root + height * bend - target) / (1 + height * slope * (1 - bend**2))
 
 
 class Radial:
@@ -171,85 +172,136 @@ class Radial:
         return ((dim - 1) * torch.log1p(pull) + along).squeeze(-1)
 
 
-class Autoregressive:
-    """Shift and scale each number by a function of those before it and a context, then turn the order round."""
+class Affine:
+    """Shift and scale each number; h is [*batch, 2 D], and the logarithm of a scale stays within (-2, 2)."""
 
-    def __init__(self, net: nn.Module, context: Tensor):
-        self.net, self.context = net, context
+    def __init__(self, h: Tensor):
+        self.shift, a = h.chunk(2, dim=-1)
+        self.log_scale = 2 * (a / 2).tanh()  # a chain of maps stays invertible in single precision
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and log dy/dz, of each number."""
+        return z * self.log_scale.exp() + self.shift, self.log_scale
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and log dy/dz, of each number."""
+        return (y - self.shift) * (-self.log_scale).exp(), self.log_scale
+
+
+class Autoregressive:
+    """Move each number by a function of those before it and a context, then turn the order round.
+
+    What a number's parameters do to it is ``bend``: parameters h -> a map like :class:`Affine`.
+    """
+
+    def __init__(self, net: nn.Module, context: Tensor, bend: Callable[[Tensor], Any] = Affine):
+        self.net, self.context, self.bend = net, context, bend
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Y and log |det dy/dz|."""
-        shift, log_scale = _bounded(self.net(z, self.context))
-        return (z * log_scale.exp() + shift).flip(-1), log_scale.sum(-1)
+        y, log_slope = self.bend(self.net(z, self.context)).forward(z)
+        return y.flip(-1), log_slope.sum(-1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Each pass gets one more number right, for all that a number needs are those before it."""
         y = y.flip(-1)
         z = y
         for _ in range(y.shape[-1]):
-            shift, log_scale = _bounded(self.net(z, self.context))
-            z = (y - shift) * (-log_scale).exp()
-        return z, log_scale.sum(-1)
+            z, log_slope = self.bend(self.net(z, self.context)).inverse(y)
+        return z, log_slope.sum(-1)
 
 
 class Coupling:
-    """Shift and scale all but the first ``kept`` numbers by a function of those and a context, then swap the parts."""
+    """Move all but the first ``kept`` numbers by a function of those and a context, then swap the parts."""
 
-    def __init__(self, net: nn.Module, context: Tensor, kept: int):
-        self.net, self.context, self.kept = net, context, kept
+    def __init__(self, net: nn.Module, context: Tensor, kept: int, bend: Callable[[Tensor], Any] = Affine):
+        self.net, self.context, self.kept, self.bend = net, context, kept, bend
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Y and log |det dy/dz|."""
-        first, second = z[..., : self.kept], z[..., self.kept :]
-        shift, log_scale = self._parameters(first)
-        first = first.expand(*shift.shape[:-1], self.kept)
-        return torch.cat([second * log_scale.exp() + shift, first], dim=-1), log_scale.sum(-1)
+        first, bend = self._bend(z[..., : self.kept])
+        second, log_slope = bend.forward(z[..., self.kept :])
+        return torch.cat([second, first], dim=-1), log_slope.sum(-1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Z and log |det dy/dz|."""
         moved = y.shape[-1] - self.kept
-        second, first = y[..., :moved], y[..., moved:]
-        shift, log_scale = self._parameters(first)
-        first = first.expand(*shift.shape[:-1], self.kept)
-        return torch.cat([first, (second - shift) * (-log_scale).exp()], dim=-1), log_scale.sum(-1)
+        first, bend = self._bend(y[..., moved:])
+        second, log_slope = bend.inverse(y[..., :moved])
+        return torch.cat([first, second], dim=-1), log_slope.sum(-1)
 
-    def _parameters(self, first: Tensor) -> tuple[Tensor, Tensor]:
+    def _bend(self, first: Tensor) -> tuple[Tensor, Any]:
         batch = torch.broadcast_shapes(first.shape[:-1], self.context.shape[:-1])
-        parts = [first.expand(*batch, -1), self.context.expand(*batch, -1)]
-        return _bounded(self.net(torch.cat(parts, dim=-1)))
+        first = first.expand(*batch, -1)
+        return first, self.bend(self.net(torch.cat([first, self.context.expand(*batch, -1)], dim=-1)))
+
+
+class ShiftScale:
+    """loc + exp(log_scale) z, with numbers [*batch, D]."""
+
+    def __init__(self, loc: Tensor, log_scale: Tensor):
+        self.loc, self.log_scale = loc, log_scale
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and log |det dy/dz|."""
+        return self.loc + self.log_scale.exp() * z, self.log_scale.sum(-1)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and log |det dy/dz|."""
+        return (y - self.loc) * (-self.log_scale).exp(), self.log_scale.sum(-1)
+
+
+class Inverse:
+    """A map run backwards: for priors, which score other z than their own draws far more often than they draw."""
+
+    def __init__(self, map_: Map):
+        self.map = map_
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and log |det dy/dz|."""
+        y, log_det = self.map.inverse(z)
+        return y, -log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Z and log |det dy/dz|."""
+        z, log_det = self.map.forward(y)
+        return z, -log_det
 
 
 class MaskedMlp(nn.Module):
-    """(z, context) -> [*batch, 2 D], where the outputs of number d see only z_1, ..., z_{d-1} and the context.
+    """(z, context) -> [*batch, P D], where the P outputs of number d see only z_1, ..., z_{d-1} and the context.
 
     Hidden unit j may see the first j mod D numbers; number d, counted from 0, may see the hidden units that see d at
-    most.
+    most. The context may be empty (context_dim = 0).
     """
 
     mask_in: Tensor
     mask_out: Tensor
 
-    def __init__(self, latent_dim: int, context_dim: int, hidden: int, activation: type[nn.Module]):
+    def __init__(
+        self,
+        latent_dim: int,
+        context_dim: int,
+        hidden: int,
+        activation: type[nn.Module],
+        num_parameters: int = 2,
+    ):
         super().__init__()
-        self.from_z, self.from_context = nn.Linear(latent_dim, hidden), nn.Linear(context_dim, hidden, bias=False)
-        self.activation, self.out = activation(), nn.Linear(hidden, 2 * latent_dim)
+        self.from_z = nn.Linear(latent_dim, hidden)
+        self.from_context = nn.Linear(context_dim, hidden, bias=False) if context_dim else None
+        self.activation, self.out = activation(), nn.Linear(hidden, num_parameters * latent_dim)
         start_at_zero(self, self.out)
         seen, number = torch.arange(hidden) % latent_dim, torch.arange(latent_dim)
-        masks = number < seen.unsqueeze(1), seen <= number.repeat(2).unsqueeze(1)
+        masks = number < seen.unsqueeze(1), seen <= number.repeat(num_parameters).unsqueeze(1)
         self.register_buffer("mask_in", masks[0].to(self.out.weight.dtype), persistent=False)
         self.register_buffer("mask_out", masks[1].to(self.out.weight.dtype), persistent=False)
 
     def forward(self, z: Tensor, context: Tensor) -> Tensor:
-        """[*batch, 2 D]."""
+        """[*batch, P D]."""
         hidden = nn.functional.linear(z, self.from_z.weight * self.mask_in, self.from_z.bias)
-        hidden = self.activation(hidden + self.from_context(context))
-        return nn.functional.linear(hidden, self.out.weight * self.mask_out, self.out.bias)
-
-
-def _bounded(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift, and the logarithm of a scale within (-2, 2): a chain of maps stays invertible in single precision."""
-    shift, a = h.chunk(2, dim=-1)
-    return shift, 2 * (a / 2).tanh()
+        if self.from_context is not None:
+            hidden = hidden + self.from_context(context)
+        return nn.functional.linear(self.activation(hidden), self.out.weight * self.mask_out, self.out.bias)
 
 
 def start_at_zero(net: nn.Module, last: nn.Module) -> nn.Module:

@@ -185,8 +185,8 @@ class Normal(_LocationScale):
     .. math:: p(x \mid h) = \prod_i \mathcal N(x_i; h_i, \sigma^2)
 
     A fixed scale is a weight: the log-likelihood is the squared error times -1/(2 sigma^2) plus a constant, so
-    sigma^2 = 1/2 is "sum of squares against KL". A learned one settles at sigma^2 = mean squared error, the optimum
-    that could also be computed for each batch from x; that would be no p(x | h), which must not know the x it scores.
+    sigma^2 = 1/2 is "sum of squares against KL". A learned one settles at sigma^2 = mean squared error, where
+    :class:`OptimalNormal` is from the start.
 
     Args:
         scale: the standard deviation sigma (where learning starts, if it is learned).
@@ -210,6 +210,97 @@ class Normal(_LocationScale):
     def forward(self, h: Tensor) -> Distribution:
         """The distribution p(x | h)."""
         return dist.Normal(h, self.scale.expand_as(h)).to_event(self.event_dim)
+
+
+class _AtBatchOptimum(dist.Normal):
+    """The normal distribution that an :class:`OptimalNormal` in training mode gives."""
+
+    def __init__(self, loc: Tensor, owner: Any, validate_args: bool | None = None):
+        self.owner = owner
+        super().__init__(loc, owner.scale.expand_as(loc), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_AtBatchOptimum":
+        return _AtBatchOptimum(self.loc.expand(torch.Size(batch_shape)), self.owner, self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of x [*sample_shape, *batch] at the scale that is best for all of it."""
+        if self._validate_args:
+            self._validate_sample(value)
+        square = (value - self.loc) ** 2
+        optimum = square.detach().mean().clamp(min=self.owner.min_scale**2)
+        if torch.is_grad_enabled():  # who only looks changes nothing
+            self.owner.follow(optimum)
+        return -0.5 * (square / optimum + (2 * math.pi * optimum).log())
+
+
+class OptimalNormal(Likelihood):
+    r"""Normal likelihood with the scale that is best for the data, in closed form; the network gives the mean.
+
+    .. math:: p(x \mid h) = \prod_i \mathcal N(x_i; h_i, \sigma^2), \qquad
+        \sigma^2 = \arg\max_{\sigma^2} \sum \log p = \text{mean of } (x_i - h_i)^2
+
+    Nothing to tune and nothing to wait for: no sigma fits the batch better, and since it is a maximum its own gradient
+    vanishes. As in batch normalisation, a batch in training mode is scored with its own optimum (over particles,
+    examples and numbers of x), and a running mean of the optima is kept; in evaluation mode sigma is that running
+    value, which knows nothing of the x that it scores. So all estimates are of a proper density, while the objective
+    shown during training is a little too good, by about 1/(2 B) nats for a batch of B examples.
+
+    Args:
+        momentum: weight of the latest batch in the running mean (the first batches: 1, 1/2, 1/3, ...).
+        min_scale: the smallest standard deviation, which keeps the density bounded where z can reproduce x exactly.
+        event_dim: axes of one example: 1 for vectors [E], 3 for images [C, H, W].
+
+    Raises:
+        ValueError: momentum outside (0, 1], or min_scale <= 0.
+
+    Source: Rybkin, Daniilidis, Levine (2021), Simple and effective VAE training with calibrated decoders,
+        arXiv:2006.13202.
+
+    Example:
+        >>> likelihood, x = OptimalNormal(), torch.tensor([[3.0, 4.0]])
+        >>> _ = likelihood(torch.zeros(1, 2)).log_prob(x)
+        >>> likelihood.scale**2
+        tensor(12.5000)
+    """
+
+    mean_square: Tensor
+    num_batches: Tensor
+
+    def __init__(self, momentum: float = 0.1, min_scale: float = 1e-3, event_dim: int = 1):
+        super().__init__(event_dim)
+        if not 0 < momentum <= 1:
+            raise ValueError(f"expected momentum in (0, 1], found {momentum}: it weights the latest batch.")
+        if not min_scale > 0:
+            raise ValueError(f"expected min_scale > 0, found {min_scale}: it is a standard deviation.")
+        self.momentum, self.min_scale = momentum, min_scale
+        self.register_buffer("mean_square", torch.tensor(1.0))
+        self.register_buffer("num_batches", torch.tensor(0.0))
+
+    @property
+    def scale(self) -> Tensor:
+        """The running scale sigma, a scalar tensor; 1 before any training."""
+        return self.mean_square.sqrt()
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments and the current scale."""
+        shown = f"scale={self.scale.item():.4g}, momentum={self.momentum}, min_scale={self.min_scale}"
+        return f"{shown}, {super().extra_repr()}"
+
+    def follow(self, optimum: Tensor) -> None:
+        """Take the optimal variance of one more batch into the running mean."""
+        with torch.no_grad():
+            self.num_batches += 1
+            weight = (1 / self.num_batches).clamp(min=self.momentum)
+            self.mean_square += weight * (optimum - self.mean_square)
+
+    def forward(self, h: Tensor) -> Distribution:
+        """The distribution p(x | h): in evaluation mode a normal one, in training mode one that fits its scale to x."""
+        p = _AtBatchOptimum(h, self) if self.training else dist.Normal(h, self.scale.expand_as(h))
+        return p.to_event(self.event_dim)
+
+    def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """The mean."""
+        return mean
 
 
 class Laplace(_LocationScale):
@@ -327,6 +418,52 @@ class HeteroscedasticNormal(Likelihood):
         return torch.cat([mean, inverse_softplus((scale - self.min_scale).clamp(min=1e-3))])
 
 
+class LogNormal(Likelihood):
+    r"""Log-normal likelihood for positive numbers of several sizes, such as prices; the network gives two for each.
+
+    .. math:: p(x \mid h) = \prod_i \frac{1}{x_i} \mathcal N(\log x_i; m_i, s_i^2), \qquad
+        h = (m, r), \quad s_i = s_{\min} + \operatorname{softplus}(r_i)
+
+    The median is exp(m), the mean exp(m + s^2 / 2).
+
+    Args:
+        min_scale: the smallest standard deviation of log x.
+        event_dim: axes of one example: 1 for vectors [E], 3 for images [C, H, W].
+
+    Raises:
+        ValueError: min_scale <= 0, or an odd number of outputs.
+
+    Source: the definition.
+
+    Example:
+        >>> LogNormal()(torch.zeros(5, 2 * 7)).base_dist.base_dist.loc.exp()[0, 0]
+        tensor(1.)
+    """
+
+    num_outputs = 2
+
+    def __init__(self, min_scale: float = 0.01, event_dim: int = 1):
+        super().__init__(event_dim)
+        if not min_scale > 0:
+            raise ValueError(f"expected min_scale > 0, found {min_scale}: it is a standard deviation.")
+        self.min_scale = min_scale
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments."""
+        return f"min_scale={self.min_scale}, {super().extra_repr()}"
+
+    def forward(self, h: Tensor) -> Distribution:
+        """The distribution p(x | h)."""
+        loc, raw = split_outputs(self, h)
+        return dist.LogNormal(loc, self.min_scale + softplus(raw)).to_event(self.event_dim)
+
+    def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
+        """Mean and scale of log x with the mean and the scale of x; a mean is counted as at least a millionth."""
+        mean = mean.clamp(min=1e-6)
+        width = torch.log1p((scale / mean) ** 2).sqrt().clamp(min=self.min_scale + 1e-3)
+        return torch.cat([mean.log() - width**2 / 2, inverse_softplus(width - self.min_scale)])
+
+
 class _OpenUnitInterval(constraints.interval):
     """The real numbers above 0 and below 1."""
 
@@ -410,7 +547,7 @@ class Beta(Likelihood):
 class _OrMissing(constraints.Constraint):
     """The values of another constraint, and NaN."""
 
-    def __init__(self, base_constraint: Any, filler: float):
+    def __init__(self, base_constraint: Any, filler: Any):
         self.base_constraint, self.filler = base_constraint, filler
         super().__init__()
 
@@ -420,7 +557,7 @@ class _OrMissing(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each number is missing or a value of the other constraint."""
-        return self.base_constraint.check(value.masked_fill(value.isnan(), self.filler))
+        return self.base_constraint.check(_fill(value, self.filler))
 
     def __repr__(self) -> str:
         limits = (getattr(self.base_constraint, name, None) for name in ("lower_bound", "upper_bound"))
@@ -428,12 +565,18 @@ class _OrMissing(constraints.Constraint):
         return f"{type(self.base_constraint).__name__.removeprefix('_')}({shown}) or NaN"
 
 
-def _filler(support: Any) -> float:
-    """Some value of a support of single numbers."""
+def _filler(support: Any) -> Any:
+    """Some value of a support of single numbers; one for each column where they differ."""
+    if isinstance(support, constraints.stack):
+        return [_filler(column) for column in support.cseq]
     low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     if low is None:
         return 0.0 if high is None else float(high) - 1
     return float(low) if support.is_discrete else float(low) + 1 if high is None else (float(low) + float(high)) / 2
+
+
+def _fill(value: Tensor, filler: Any) -> Tensor:
+    return torch.where(value.isnan(), torch.as_tensor(filler, dtype=value.dtype, device=value.device), value)
 
 
 class WithMissing(TorchDistribution):
@@ -454,6 +597,11 @@ class WithMissing(TorchDistribution):
         self.base, self._filler = base, _filler(base.support)
         super().__init__(base.batch_shape, validate_args=validate_args)
 
+    @property
+    def parts(self) -> "list[WithMissing]":
+        """The distributions of the columns of one kind each, where the base has such parts."""
+        return [WithMissing(part) for part in self.base.parts]
+
     @constraints.dependent_property
     def support(self) -> Any:
         """The support of the numbers that are there, and NaN."""
@@ -471,8 +619,7 @@ class WithMissing(TorchDistribution):
         """Log-probability of what is there, and 0 of what is missing."""
         if self._validate_args:
             self._validate_sample(value)
-        missing = value.isnan()
-        return self.base.log_prob(value.masked_fill(missing, self._filler)).masked_fill(missing, 0.0)
+        return self.base.log_prob(_fill(value, self._filler)).masked_fill(value.isnan(), 0.0)
 
     @property
     def mean(self) -> Tensor:
@@ -491,7 +638,8 @@ class Masked(Likelihood):
     .. math:: p(x_{\mathrm{there}} \mid h) = \prod_{i : x_i \text{ is there}} p(x_i \mid h)
 
     The numbers of x must be independent given h; then this is the exact marginal of what is there. Draws and the mean
-    are complete: they fill the gaps, ``torch.where(x.isnan(), p.mean, x)``. The encoder sees NaN too and has to cope.
+    are complete; :func:`pyro_vae.missing.impute` fills the gaps of x. The encoder sees NaN too: begin its network with
+    :class:`pyro_vae.missing.FillMissing`.
 
     Args:
         likelihood: the likelihood of complete data.
@@ -510,6 +658,11 @@ class Masked(Likelihood):
 
     def __init__(self, likelihood: Likelihood):
         super().__init__(likelihood.event_dim)
+        if isinstance(likelihood, OptimalNormal) or not likelihood.is_normalised:
+            raise ValueError(
+                f"expected a likelihood of independent numbers, found {type(likelihood).__name__}, which looks at all "
+                "of x at once: use Normal, whose scale is learned."
+            )
         self.likelihood, self.num_outputs = likelihood, likelihood.num_outputs
 
     def extra_repr(self) -> str:
@@ -532,3 +685,11 @@ class Masked(Likelihood):
     def output_bias(self, mean: Tensor, scale: Tensor) -> Tensor:
         """That of the likelihood inside; take mean and scale over the numbers that are there."""
         return self.likelihood.output_bias(mean, scale)
+
+    def output_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        """That of the likelihood inside."""
+        return self.likelihood.output_shape(event_shape)
+
+    def bias_at(self, x: Tensor) -> Tensor:
+        """That of the likelihood inside."""
+        return self.likelihood.bias_at(x)

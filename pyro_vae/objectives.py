@@ -14,6 +14,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae.schedules import Weight, check_weight
 from pyro_vae.terms import Program, Terms, check_num_particles, draw
 
 
@@ -22,7 +23,9 @@ class Objective(pyro.infer.ELBO):
     """What a bound is: a small description that turns :class:`Terms` into nats per example.
 
     A subclass gives ``combine`` and ``formula``; everything else is here, once. It is a ``pyro.infer.ELBO``, so it goes
-    wherever Pyro's own do: ``SVI(model, guide, optim, loss=IWAE(num_particles=50))``.
+    wherever Pyro's own do: ``SVI(model, guide, optim, loss=IWAE(num_particles=50))``. The value of ``combine`` is the
+    objective, its gradient the estimator; an estimator that needs more than the terms says so by ``reparameterised``
+    and ``fixes_z``. The steps taken are counted beside the fields: schedules look there (:meth:`weigh`).
 
     Args:
         num_particles: number K of draws of z for each example.
@@ -36,6 +39,10 @@ class Objective(pyro.infer.ELBO):
 
     formula: ClassVar[str] = ""
     """The bound in LaTeX."""
+    reparameterised: ClassVar[bool] = True
+    """Whether gradients flow through z; False: z is drawn without its gradient, from any guide."""
+    fixes_z: ClassVar[bool] = False
+    """Whether ``combine`` reads ``terms.fixed``, the terms scored once more at the same z held fixed."""
 
     def __post_init__(self) -> None:
         check_num_particles(self.num_particles)
@@ -50,6 +57,42 @@ class Objective(pyro.infer.ELBO):
         """Whether it equals log p(x) when the guide is the exact posterior."""
         return True
 
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether the value for one example depends on the others of its batch."""
+        return False
+
+    @property
+    def num_draws(self) -> int:
+        """How many draws of z it takes for each example."""
+        return self.num_particles
+
+    @property
+    def step(self) -> Tensor:
+        """How many optimisation steps were taken: a 0-d tensor, changed in place; not a field."""
+        if "_step" not in vars(self):
+            object.__setattr__(self, "_step", torch.zeros((), dtype=torch.int64))
+        return vars(self)["_step"]
+
+    def at_step(self, step: int, device: torch.device | str | None = None) -> None:
+        """Set the number of steps taken (what :func:`pyro_vae.fit` does before each step).
+
+        Args:
+            step: the number.
+            device: where the counter shall be; by default where it is.
+        """
+        if device is not None and self.step.device != torch.device(device):
+            object.__setattr__(self, "_step", self.step.to(device))
+        self.step.fill_(step)
+
+    def advance(self) -> None:
+        """Count one optimisation step; ``loss_and_grads`` does."""
+        self.step.add_(1)
+
+    def weigh(self, weight: Weight) -> Tensor | float:
+        """A weight at the present step: the number itself, or what the schedule gives."""
+        return weight(self.step) if callable(weight) else weight
+
     @abstractmethod
     def combine(self, terms: Terms) -> Tensor:
         """The objective from its terms: [B], nats per example, higher is better."""
@@ -60,9 +103,11 @@ class Objective(pyro.infer.ELBO):
             model,
             guide,
             *args,
-            num_particles=self.num_particles,
+            num_particles=self.num_draws,
             vectorize_particles=self.vectorize_particles,
             max_plate_nesting=self.max_plate_nesting,
+            reparameterised=self.reparameterised,
+            fixes_z=self.fixes_z,
             **kwargs,
         )
 
@@ -75,6 +120,8 @@ class Objective(pyro.infer.ELBO):
 
         The one place where a bound is negated.
         """
+        if self.step.device != terms.log_px.device:  # once, before anything is captured
+            object.__setattr__(self, "_step", self.step.to(terms.log_px.device))
         return -(terms.scale * self.combine(terms)).sum()
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,10 +134,11 @@ class Objective(pyro.infer.ELBO):
             return self.differentiable_loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, its gradients added to the parameters (what ``SVI.step`` calls)."""
+        """The loss, its gradients added to the parameters (what ``SVI.step`` calls); counts one step."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
+        self.advance()
         return loss.detach()
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
@@ -176,10 +224,11 @@ class Beta(Objective):
 
     .. math:: \mathbb E_{q(z|x)} [\log p(x \mid z) - \beta (\log q(z \mid x) - \log p(z))]
 
-    beta = 1 is the ELBO. beta > 1 is still a lower bound on log p(x), a looser one; beta < 1 is none.
+    beta = 1 is the ELBO. beta > 1 is still a lower bound on log p(x), a looser one; beta < 1 is none. With a schedule
+    (:mod:`pyro_vae.schedules`) the weight changes from step to step, such as KL warm-up: ``Beta(beta=Linear(1000))``.
 
     Args:
-        beta: weight of the KL, >= 0.
+        beta: weight of the KL, >= 0, or a schedule of it.
         num_particles: number K of draws of z for each example.
         vectorize_particles: draw them in one pass; else in a loop.
         max_plate_nesting: the largest number of nested plates in model and guide.
@@ -197,19 +246,18 @@ class Beta(Objective):
         Beta(num_particles=1, beta=4.0)
     """
 
-    beta: float = 1.0
+    beta: Weight = 1.0
 
     formula = r"\mathbb{E}_{q(z|x)}[\log p(x|z) - \beta (\log q(z|x) - \log p(z))]"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta >= 0:
-            raise ValueError(f"expected beta >= 0, found {self.beta}: it weights a KL divergence.")
+        check_weight("beta", self.beta)
 
     @property
     def is_bound(self) -> bool:
-        """For beta >= 1."""
-        return self.beta >= 1
+        """For a number beta >= 1."""
+        return not callable(self.beta) and self.beta >= 1
 
     @property
     def is_tight(self) -> bool:
@@ -218,4 +266,4 @@ class Beta(Objective):
 
     def combine(self, terms: Terms) -> Tensor:
         """The weighted mean of the terms."""
-        return (terms.log_px - self.beta * (terms.log_qz - terms.log_pz)).mean(0)
+        return (terms.log_px - self.weigh(self.beta) * (terms.log_qz - terms.log_pz)).mean(0)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -224,9 +225,10 @@ def latent_scatter(
         entry = _plain(names[k]) if len(names) in range(1, _MOST_ENTRIES + 1) else None
         # Rasterized: thousands of points as vectors make a slow page.
         ax.scatter(chosen[:, 0], chosen[:, 1], s=size, lw=0, label=entry, rasterized=True, **look)
-        if names and len(chosen) and z.shape[1] > 1:
-            middle = np.median(chosen, axis=0)
-            written = ax.text(middle[0], middle[1], _plain(names[k]), ha="center", va="center", zorder=4)
+    if names and z.shape[1] > 1:
+        circle_size = 2 * PRIOR_RADIUS if prior_circle and z.shape[1] == 2 else 0.0
+        for k, place in _label_places(points.numpy(), classes, names, circle_size).items():
+            written = ax.text(place[0], place[1], _plain(names[k]), ha="center", va="center", zorder=4)
             halo = withStroke(linewidth=3, foreground="white")
             written.set(fontsize=13, weight="bold", path_effects=[halo])
     if prior_circle and z.shape[1] == 2:
@@ -282,6 +284,74 @@ def manifold(
     return ax
 
 
+def code_pictures(
+    images: Tensor, names: Sequence[str], value_range: tuple[float, float] = (0.0, 1.0), ax: Axes | None = None
+) -> Axes:
+    """What each value of a discrete z decodes to, its name above.
+
+    Args:
+        images: [S, H, W] or [S, C, H, W] with C = 1 or 3, one for each value.
+        names: the S names.
+        value_range: the values drawn as white and black; others are clipped.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there is not one name for each picture.
+    """
+    tiles = _tiles(images, value_range)
+    if len(names) != len(tiles):
+        raise ValueError(f"names has {len(names)} entries, expected {len(tiles)}: one for each picture.")
+    row, column = np.divmod(np.arange(len(tiles)), min(10, len(tiles)))
+    ax, y, x = _show(tiles, 1.3 * row, column, ax)  # room for the names
+    half = (y[0] + 1.5) if len(y) else 0.0
+    for name, down, across in zip(names, y, x, strict=True):
+        ax.text(across, down - half - 1, _plain(name), ha="center", va="bottom", fontsize=9)
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def code_usage(
+    codes: Tensor,
+    names: Sequence[str],
+    labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """How many examples have each value of a discrete z as their most probable one, a bar for each, by class.
+
+    Args:
+        codes: the index of each example's value, integers from 0, [N].
+        names: the names of the values.
+        labels: classes, integers from 0, [N].
+        class_names: the name of each class; their numbers if None.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes.
+    """
+    classes, entries = _classes(labels, class_names, len(codes))
+    ax = ax or _new_axes(7.2, 4.0)
+    index = codes.detach().cpu().numpy()
+    bottom = np.zeros(len(names))
+    for k in range(max(1, len(entries))):
+        height = np.bincount(index[classes == k], minlength=len(names)).astype(float)
+        colour = CLASS_COLOURS[k % len(CLASS_COLOURS)] if entries else BLUE
+        entry = _plain(entries[k]) if len(entries) in range(1, _MOST_ENTRIES + 1) else None
+        ax.bar(range(len(names)), height, bottom=bottom, color=colour, width=0.8, label=entry)
+        bottom += height
+    long = max(map(len, names)) > 3 and len(names) > 6
+    ax.set_xticks(range(len(names)), labels=[_plain(name) for name in names], rotation=90 if long else 0)
+    ax.set_xlim(-0.7, max(len(names), 4) - 0.3)
+    ax.set(xlabel="most probable z", ylabel="examples")
+    if 0 < len(entries) <= _MOST_ENTRIES:
+        ax.legend(title="class", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _tidy(ax)
+    return ax
+
+
 def kl_per_dimension(kl: Tensor, ax: Axes | None = None) -> Axes:
     """The KL divergence from the prior that each latent dimension carries, largest first.
 
@@ -297,13 +367,14 @@ def kl_per_dimension(kl: Tensor, ax: Axes | None = None) -> Axes:
     """
     if kl.ndim != 1 or not len(kl):
         raise ValueError(f"kl has shape {tuple(kl.shape)}, expected [D]: average over the examples.")
-    ax = ax or _new_axes(6.4, 4.0)
+    ax = ax or _new_axes(6.4 if len(kl) > 3 else 3.9, 4.0)
     sizes, order = kl.detach().cpu().double().sort(descending=True)
     ax.bar(range(len(kl)), sizes.tolist(), color=BLUE, width=0.8)
-    shown = range(0, len(kl), math.ceil(len(kl) / 30))
+    shown = range(0, len(kl), math.ceil(len(kl) / (30 if len(kl) < 100 else 16)))  # three digits need more room
     small = 10 if len(shown) <= 12 else 8
     ax.set_xticks(list(shown), labels=[str(int(order[i]) + 1) for i in shown], fontsize=small)
-    ax.set_xlim(-0.7, max(len(kl), 4) - 0.3)  # so that one or two bars do not fill the page
+    middle, half = (len(kl) - 1) / 2, max(len(kl) / 2 + 0.2, 1.2)  # a single bar does not fill the page
+    ax.set_xlim(middle - half, middle + half)
     active = int((sizes > 0.01).sum())
     text = f"{active} of {len(kl)} dimensions exceed 0.01 nats"
     ax.text(0.98, 0.96, text, transform=ax.transAxes, ha="right", va="top")
@@ -337,14 +408,15 @@ def table_marginals(x: Tensor, x_generated: Tensor, names: Sequence[str] | None 
         raise ValueError(f"names has {len(names)} entries, expected {num}: one for each column of x.")
     ax = ax or _new_axes(6.4, max(2.4, 0.36 * num + 1.2))
     data, generated = (values.detach().cpu().double() for values in (x, x_generated))
-    centre, spread = data.mean(0), data.std(0, correction=0)
+    centre = data.nanmean(0)  # NaN: a missing number
+    spread = (data - centre).square().nanmean(0).sqrt()
     spread = torch.where(spread > 0, spread, torch.ones_like(spread))  # a constant column keeps its unit
     looks: tuple[tuple[Tensor, float, dict[str, Any]], ...] = (
         (data, -0.16, {"color": BLUE, "marker": "o", "label": "data"}),
         (generated, 0.16, {"color": VERMILION, "marker": "s", "mfc": "white", "label": "model"}),
     )
     for values, offset, look in looks:
-        low, median, high = np.quantile(((values - centre) / spread).numpy(), [0.05, 0.5, 0.95], axis=0)
+        low, median, high = np.nanquantile(((values - centre) / spread).numpy(), [0.05, 0.5, 0.95], axis=0)
         reach = np.stack([median - low, high - median])
         ax.errorbar(median, np.arange(num) + offset, xerr=reach, ls="", lw=1.8, ms=5, capsize=3, **look)
     ax.set_yticks(range(num), labels=[_plain(name) for name in names])
@@ -353,6 +425,306 @@ def table_marginals(x: Tensor, x_generated: Tensor, names: Sequence[str] | None 
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: the title stands above
     _tidy(ax, "x")
     return ax
+
+
+def log_weights(
+    log_w: Tensor, pareto_k: Tensor | None = None, names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """How unequal the importance weights of a few examples are: a histogram of each, on the scale of log w.
+
+    A weight at 0 is the average one. Where few weights stand far to the right, they alone make the estimate.
+
+    Args:
+        log_w: log-weights, [K, B], one to three examples.
+        pareto_k: the shape of each tail, [B]; shown in the legend.
+        names: what to call the examples.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: log_w is not [K, B] with 1 <= B <= 3.
+    """
+    if log_w.ndim != 2 or not 1 <= log_w.shape[1] <= 3 or not len(log_w):
+        raise ValueError(f"log_w has shape {tuple(log_w.shape)}, expected [K, B] with B of 1 to 3: choose a few.")
+    ax = ax or _new_axes(6.4, 4.0)
+    centred = (log_w - log_w.logsumexp(0) + math.log(len(log_w))).detach().cpu().double()
+    ess = (2 * centred.logsumexp(0) - (2 * centred).logsumexp(0)).exp()
+    low = float(np.quantile(centred.numpy(), 0.001)) - 0.2  # the left tail weighs nothing
+    high = float(centred.max()) + 0.2
+    edges = np.linspace(low, high, 61).tolist()
+    for b, (colour, style) in enumerate(zip((BLUE, VERMILION, GREEN), ("-", "--", "-."), strict=True)):
+        if b == log_w.shape[1]:
+            break
+        label = _plain(names[b]) if names else f"example {b + 1}"
+        shape = "" if pareto_k is None else f"Pareto k = {float(pareto_k[b]):.2f}, "
+        label += f": {shape}ESS = {float(ess[b]):.0f} of {len(log_w)}"
+        values = centred[:, b].numpy()
+        ax.hist(values, bins=edges, histtype="step", color=colour, lw=1.8, ls=style, label=label.replace("-", "−"))
+        ax.plot(values.max(), 0.7, marker="v", color=colour, ms=7, ls="", clip_on=False)
+    ax.axvline(0, color="black", lw=1, ls=":")
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.7)
+    ax.set(xlabel="log w, less that of the average weight (triangles: the largest)", ylabel="draws")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9, frameon=False)
+    _tidy(ax)
+    return ax
+
+
+def gap_bars(gaps: Mapping[str, tuple[float, float]], ax: Axes | None = None) -> Axes:
+    """Gaps in nats, one bar each, with their standard errors.
+
+    Args:
+        gaps: name -> mean and standard error, nats per example; drawn from the top.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: no gap is given.
+    """
+    if not gaps:
+        raise ValueError("gaps is empty, expected at least one: name -> (mean, standard error).")
+    ax = ax or _new_axes(6.4, 1.3 + 0.55 * len(gaps))
+    means, errors = np.array(list(gaps.values()), dtype=float).T
+    places = list(range(len(gaps)))
+    look = {"ecolor": "black", "capsize": 4, "color": [BLUE if mean >= 0 else GREY for mean in means]}
+    ax.barh(places, means, xerr=np.nan_to_num(errors), height=0.6, **look)  # type: ignore[arg-type]
+    reach = float(np.nanmax(np.abs(means) + np.nan_to_num(errors))) or 1.0
+    for place, mean, error in zip(places, means, errors, strict=True):
+        text = f"{mean:.2f} ± {error:.2f}".replace("-", "−")
+        ax.text(max(mean, 0) + np.nan_to_num(error) + 0.02 * reach, place, text, va="center")
+    ax.axvline(0, color="black", lw=1)
+    ax.set_yticks(places, labels=[_plain(name) for name in gaps])
+    ax.set_ylim(len(gaps) - 0.5, -0.5)
+    ax.set_xlim(min(0.0, 1.1 * float(np.min(means - np.nan_to_num(errors)))), 1.35 * reach)
+    ax.set_xlabel("nats per example")
+    _tidy(ax, "x")
+    return ax
+
+
+def aggregate_posterior(axis: Tensor, aggregate: Tensor, prior: Tensor, ax: Axes | None = None) -> Axes:
+    """The aggregate posterior q(z) of two latent dimensions, shaded, under the contours of the prior.
+
+    Args:
+        axis: coordinate of a square grid, [G], the same in both dimensions.
+        aggregate: q(z), [G, G], z1 along the first axis.
+        prior: p(z), [G, G].
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or _new_axes(6.4, 5.4)
+    values, q, p = (t.detach().cpu().double().numpy() for t in (axis, aggregate, prior))
+    extent = (values[0], values[-1], values[0], values[-1])
+    root = PowerNorm(0.5, vmin=0)  # else one narrow q(z | x) leaves all others white
+    shown = ax.imshow(q.T, origin="lower", extent=extent, cmap="Blues", norm=root)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(shown, ax=ax, label="q(z), the mixture of all q(z | x)")
+    _contours(ax, values, p, "black", "the prior p(z): 50 %, 95 % and 99 % of its mass", (0.5, 0.95, 0.99))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9, frameon=False)
+    ax.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
+    return ax
+
+
+def posteriors(
+    axis: Tensor,
+    posterior: Tensor,
+    approximation: Tensor,
+    images: Tensor | None = None,
+    kl: Tensor | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    ax: Axes | None = None,
+) -> Axes:
+    """The true posterior of a few examples, shaded, and q(z | x) as contours over it, each at its own magnification.
+
+    Args:
+        axis: coordinate of a square grid, [G], the same in both dimensions.
+        posterior: p(z | x), [B, G, G], z1 along the first axis.
+        approximation: q(z | x), [B, G, G].
+        images: the examples, [B, 1 or 3, H, W], drawn above.
+        kl: KL(q(z | x) || p(z | x)), [B], nats, written above.
+        value_range: the values drawn as white and black.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes; its panels are ``ax.child_axes``: the densities, one for each example, then their images.
+    """
+    num = len(posterior)
+    ax = ax or _new_axes(2.6 * num, 2.9 if images is None else 4.2)
+    ax.set_axis_off()
+    values = axis.detach().cpu().double().numpy()
+    true, q = (t.detach().cpu().double().numpy() for t in (posterior, approximation))
+    height = 0.72 if images is None else 0.52
+    panels = [ax.inset_axes(((b + 0.14) / num, 0.1, 0.82 / num, height)) for b in range(num)]
+    for b, panel in enumerate(panels):
+        panel.imshow(
+            true[b].T, origin="lower", extent=(values[0], values[-1], values[0], values[-1]), cmap="Oranges", vmin=0
+        )
+        _contours(panel, values, q[b], BLUE, "q(z | x): 50 % and 95 % of its mass", (0.5, 0.95))
+        heavy = (true[b] > 0.005 * true[b].max()) | (q[b] > 0.005 * q[b].max())
+        spans = [values[heavy.any(1 - d)] for d in (0, 1)]
+        middle = [(span.min() + span.max()) / 2 for span in spans]
+        half = 0.6 * max(max(span.max() - span.min() for span in spans), 4 * (values[1] - values[0]))
+        panel.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half), aspect="equal")
+        panel.tick_params(labelsize=7)
+        panel.set_xlabel("$z_1$", fontsize=9)
+        if b == 0:
+            panel.set_ylabel("$z_2$", fontsize=9)
+        if kl is not None:
+            panel.set_title(f"KL = {float(kl[b]):.2f} nats", fontsize=9)
+    if images is not None:
+        tiles = _tiles(images, value_range)
+        for b in range(num):
+            panel = ax.inset_axes(((b + 0.3) / num, 0.74, 0.5 / num, 0.22))
+            ink = tiles[b].squeeze(-1) if tiles.shape[-1] == 1 else tiles[b]
+            panel.imshow(ink, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(Rectangle((0, 0), 1, 1, color="#F67824"))
+    ax.legend(handles, [*labels, "true posterior p(z | x)"], loc="lower center", ncols=2, fontsize=9, frameon=False)
+    ax.get_legend().set_bbox_to_anchor((0.5, -0.14))  # type: ignore[union-attr]
+    return ax
+
+
+def sweep(
+    values: Sequence[str], numbers: Mapping[str, Sequence[Sequence[float]]], name: str = "", ax: Axes | None = None
+) -> Axes:
+    """What becomes of some numbers as one argument is varied: mean and standard error over seeds, a dot for each seed.
+
+    Args:
+        values: the V values of the argument; where all are numbers they are placed as such, on a logarithmic axis if
+            they span more than a factor of 20.
+        numbers: metric -> the numbers of each value's seeds, V of them; a value may have none.
+        name: the argument.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes; its panels, one for each metric, are ``ax.child_axes``.
+
+    Raises:
+        ValueError: no metric, or one without numbers for each value.
+    """
+    for metric, row in numbers.items():
+        if len(row) != len(values):
+            raise ValueError(f"{metric} has {len(row)} entries, expected {len(values)}: one for each value.")
+    if not numbers or not values:
+        raise ValueError("numbers is empty, expected at least one metric: name -> numbers of each value.")
+    columns = min(3, len(numbers))
+    rows = math.ceil(len(numbers) / columns)
+    ax = ax or _new_axes(3.6 * columns, 2.9 * rows)
+    ax.set_axis_off()
+    places = _places(values)
+    at = np.arange(len(values), dtype=float) if places is None else places
+    for i, (metric, row) in enumerate(numbers.items()):
+        corner = (i % columns) / columns, 1 - (i // columns + 1) / rows
+        panel = ax.inset_axes((corner[0] + 0.17 / columns, corner[1] + 0.22 / rows, 0.79 / columns, 0.64 / rows))
+        for place, found in zip(at, row, strict=True):
+            panel.plot([place] * len(found), found, ls="", marker="o", ms=3, color=GREY, alpha=0.6, zorder=1)
+        there = [k for k, found in enumerate(row) if len(found)]
+        means = [float(np.mean(row[k])) for k in there]
+        errors = [float(np.std(row[k], ddof=1)) / math.sqrt(len(row[k])) if len(row[k]) > 1 else 0.0 for k in there]
+        look: dict[str, Any] = {"color": BLUE, "marker": "o", "mfc": "white", "ms": 5, "capsize": 3, "lw": 1.4}
+        panel.errorbar(at[there], means, yerr=errors, ls="" if places is None else "-", **look)
+        if places is None:
+            long = max(map(len, values)) * len(values) > 24
+            turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if long else {}
+            panel.set_xticks(at.tolist(), labels=[_plain(value) for value in values], fontsize=8, **turned)
+            panel.set_xlim(-0.5, len(values) - 0.5)
+        else:
+            if places.min() > 0 and places.max() > 20 * places.min():
+                panel.set_xscale("log")
+            if len(values) <= 8:
+                panel.set_xticks(places.tolist(), labels=list(values))
+                panel.set_xticks([], minor=True)
+        panel.tick_params(labelsize=8)
+        panel.set_title(_plain(metric), fontsize=10)
+        if i + columns >= len(numbers):
+            panel.set_xlabel(_plain(name), fontsize=9)
+        _tidy(panel)
+    return ax
+
+
+def rate_distortion(
+    points: Sequence[Sequence[tuple[float, float]]], values: Sequence[str], name: str = "", ax: Axes | None = None
+) -> Axes:
+    """Rate against distortion: what a code costs against what it leaves unexplained, with lines of equal ELBO.
+
+    Args:
+        points: (rate, distortion) of each seed of each of the V values, nats per example.
+        values: the V values of what is varied, written beside their points.
+        name: what is varied.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes: a dot for each seed, the means of the values joined in their order where they are numbers.
+
+    Raises:
+        ValueError: not one value for each set of points, or a set without any.
+
+    Source: Alemi, Poole, Fischer, Dillon, Saurous, Murphy (2018), Fixing a broken ELBO, arXiv:1711.00464.
+    """
+    if len(points) != len(values) or not all(len(found) for found in points) or not len(points):
+        raise ValueError(f"points has {len(points)} sets, expected {len(values)} with one point or more: one a value.")
+    ax = ax or _new_axes(6.0, 4.8)
+    seeds = np.concatenate([np.asarray(found, dtype=float) for found in points])
+    low, high = seeds.min(0), seeds.max(0)
+    margin = 0.12 * np.maximum(high - low, 0.02 * np.abs(high).max() + 1e-9)
+    (left, bottom), (right, top) = low - margin, high + margin
+    left = max(left, -0.02 * (right - left)) if low[0] >= 0 else left
+    for total in MaxNLocator(nbins=7).tick_values(left + bottom, right + top):
+        if left + bottom < total < right + top:
+            ax.plot([left, right], [total - left, total - right], color="0.8", lw=0.8, zorder=0)
+            # At the end of the line, inside the picture, that is farther from the points.
+            ends = np.array([(max(left, total - top), min(top, total - left)), (min(right, total - bottom), 0.0)])
+            ends[1, 1] = total - ends[1, 0]
+            away = np.abs((ends[:, None] - seeds[None]) / np.array([right - left, top - bottom])).max(-1).min(1)
+            x, y = ends[away.argmax()]
+            side = "left" if away.argmax() == 0 else "right"
+            text = f" ELBO {-total:g} ".replace("-", "−")
+            ax.text(x, y, text, ha=side, va="top" if side == "left" else "bottom", color="0.5", fontsize=8)
+    ax.plot(seeds[:, 0], seeds[:, 1], ls="", marker="o", ms=3, color=GREY, alpha=0.6)
+    means = np.array([np.mean(found, axis=0) for found in points])
+    places = _places(values)
+    order = np.arange(len(values)) if places is None else np.argsort(places)
+    ax.plot(*means[order].T, ls="" if places is None else "-", lw=1.4, color=BLUE, marker="o", mfc="white")
+    for value, (x, y) in zip(values, means, strict=True):
+        written = ax.annotate(_plain(value), (x, y), (6, 5), textcoords="offset points", fontsize=9, color=BLUE)
+        written.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.set_xlabel("rate KL(q(z | x) || p(z)), nats per example")
+    ax.set_ylabel("distortion −E log p(x | z), nats per example")
+    notes = [f"labels: {_plain(name)}"] * bool(name) + ["grey lines: equal ELBO"]
+    notes += ["dots: runs"] * (len(seeds) > len(points))
+    ax.set_title("; ".join(notes), fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _places(values: Sequence[str]) -> np.ndarray | None:
+    """The values as numbers, where all are different ones."""
+    try:
+        numbers = np.array([float(value) for value in values])
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).all() and len(np.unique(numbers)) == len(numbers) else None
+
+
+def _contours(
+    ax: Axes, values: np.ndarray, density: np.ndarray, colour: str, label: str, masses: Sequence[float]
+) -> None:
+    """Lines around the smallest regions that hold the given shares of a density on a grid."""
+    ordered = np.sort(density.ravel())[::-1]
+    share = np.cumsum(ordered) / max(ordered.sum(), 1e-300)
+    levels = sorted({float(ordered[min(int(np.searchsorted(share, mass)), len(ordered) - 1)]) for mass in masses})
+    if len(levels) < 1 or levels[-1] <= 0 or density.max() <= density.min():
+        return
+    ax.contour(values, values, density.T, levels=[v for v in levels if v > 0], colors=colour, linewidths=1.2)
+    ax.plot([], [], color=colour, lw=1.2, label=label)
 
 
 def _new_axes(width: float, height: float) -> Axes:
@@ -475,6 +847,44 @@ def _classes(labels: Tensor | None, class_names: Sequence[str] | None, num: int)
     if highest >= len(names):
         raise ValueError(f"class_names has {len(names)} entries, expected over {highest}: name every class.")
     return labels.detach().cpu().numpy(), names
+
+
+def _label_places(
+    points: np.ndarray, classes: np.ndarray, names: Sequence[str], smallest: float
+) -> dict[int, np.ndarray]:
+    """Where to write the name of each class: in its middle or near it, off other names and on few points.
+
+    Args:
+        points: [N, 2].
+        classes: the class of each point, [N].
+        names: of the classes.
+        smallest: the picture's smallest extent.
+
+    Returns:
+        Class -> coordinates, of the classes that have points.
+    """
+    extent = max(float(np.ptp(points, axis=0).max()), smallest) or 1.0
+    letter = np.array([0.02, 0.033]) * extent  # half of a letter in a picture of 6 inches, with a little room
+    angles = np.linspace(0, 2 * math.pi, 16, endpoint=False)
+    ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    steps = np.concatenate([np.zeros((1, 2)), *(r * 0.02 * extent * ring for r in range(1, 7))])
+    places: dict[int, np.ndarray] = {}
+    halves = {k: letter * (max(1, len(names[k])), 1) for k in range(len(names)) if (classes == k).any()}
+    middles = {k: np.median(points[classes == k], axis=0) for k in halves}
+    some = slice(None, None, math.ceil(len(points) / 2000))  # enough to see where it is crowded
+    points, classes = points[some], classes[some]
+    for k, half in halves.items():
+        own = classes == k
+        candidates = middles[k] + steps
+        away = np.abs(candidates[:, None] - points[None])  # [candidates, N, 2]
+        covered = (away < half).all(-1).sum(1)
+        near = (away < 3 * half).all(-1)
+        foreign = (near & ~own).sum(1) / np.maximum(near.sum(1), 1)
+        cost = covered + 4 * foreign + np.hypot(*steps.T) / half[1]
+        for other, place in places.items():
+            cost = cost + 1000.0 * (np.abs(candidates - place) < half + halves[other]).all(-1)
+        places[k] = candidates[cost.argmin()]
+    return places
 
 
 def _principal_components(z: Tensor) -> tuple[Tensor, list[float]]:

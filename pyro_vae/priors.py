@@ -1,15 +1,20 @@
-"""Priors p(z): each a module that returns a distribution. Any callable ``() -> Distribution`` will do as well."""
+"""Priors p(z): each a module that returns a distribution. Any callable ``() -> Distribution`` will do as well.
+
+A prior that depends on a label y is the same with an argument, that is: an encoder. In a model of your own
+``prior = DiagonalNormal(nn.Linear(C, 2 * D))`` is a learned p(z | y), and ``pyro.sample("z", prior(y))`` draws from it.
+"""
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import torch
 from pyro import distributions as dist
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_vae.contracts import Distribution, EncoderLike, Prior
+from pyro_vae.contracts import Distribution, EncoderLike, Prior, _check_positive, _check_several
+from pyro_vae.simplex import Dirichlet as Dirichlet
+from pyro_vae.simplex import LogisticNormal as LogisticNormal
+from pyro_vae.spherical import SphereUniform as SphereUniform
 
 
 class StandardNormal(Prior):
@@ -177,6 +182,38 @@ class StudentT(Prior):
         return dist.StudentT(df, self.loc, scale).to_event(1)
 
 
+class Mixture(dist.MixtureSameFamily):
+    """A mixture that scores diagonal normals by two matrix products, not by a [*batch, C, D] tensor.
+
+    Many draws of z against hundreds of components are what evaluating takes its time with. The square is multiplied
+    out, which cancels digits where scales are small: it is summed in double precision.
+    """
+
+    _original: "Mixture | None" = None  # what an expanded one was made from
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Mixture":
+        """One for each element of a batch: all of them the same mixture."""
+        new = super().expand(batch_shape, _instance)
+        new._original = self._original or self
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log p(z), the shape of the batch."""
+        mixture = self._original or self
+        components = mixture.component_distribution
+        normal = getattr(components, "base_dist", None)
+        if type(normal) is not dist.Normal or normal.batch_shape[:-1] != components.batch_shape or mixture.batch_shape:
+            return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        z, loc, precision = value.double(), normal.loc.double(), normal.scale.double() ** -2
+        square = z**2 @ precision.mT - 2 * z @ (loc * precision).mT + (loc**2 * precision).sum(-1)
+        log_scale = normal.scale.double().log().sum(-1) + 0.5 * math.log(2 * math.pi) * loc.shape[-1]
+        log_weights = mixture.mixture_distribution.logits.log_softmax(-1)
+        log_prob = (log_weights - log_scale - 0.5 * square).logsumexp(-1).to(value.dtype)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
 class MixtureOfNormals(Prior):
     r"""A mixture of C normals with learned weights, means and diagonal scales.
 
@@ -217,7 +254,7 @@ class MixtureOfNormals(Prior):
     def forward(self) -> Distribution:
         """The distribution p(z)."""
         components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+        return Mixture(dist.Categorical(logits=self.logits), components)
 
 
 class VampPrior(Prior):
@@ -269,169 +306,7 @@ class VampPrior(Prior):
     def forward(self) -> Distribution:
         """The distribution p(z)."""
         weights = self.pseudo_inputs.new_zeros(len(self.pseudo_inputs))
-        return dist.MixtureSameFamily(dist.Categorical(logits=weights), self.encoder(self.pseudo_inputs))
-
-
-class LogisticNormal(Prior):
-    r"""A logistic normal distribution on the simplex: D positive numbers that sum to 1, such as topic shares.
-
-    .. math:: z_d = v_d \prod_{j < d} (1 - v_j), \quad v_d = \sigma(x_d - \log(D - d)), \quad
-        x \sim \mathcal N(0, s^2 I_{D-1}), \quad v_D = 1
-
-    The normal is broken into sticks; x = 0 is the centre, all z equal to 1 / D. Unlike a :class:`Dirichlet` it is a
-    differentiable function of normal noise.
-
-    Args:
-        latent_dim: how many numbers D; x has D - 1.
-        scale: the standard deviation s.
-
-    Returns:
-        A distribution with batch shape () and event shape (D,), with ``rsample``.
-
-    Raises:
-        ValueError: latent_dim < 2 or scale <= 0.
-
-    Source: the definition.
-
-    Example:
-        >>> LogisticNormal(3)().sample().sum().round(decimals=4)
-        tensor(1.)
-    """
-
-    loc: Tensor
-
-    def __init__(self, latent_dim: int, scale: float = 1.0):
-        super().__init__()
-        _check_positive(scale=scale)
-        _check_several(latent_dim)
-        self.latent_dim, self.scale = latent_dim, scale
-        self.register_buffer("loc", torch.zeros(latent_dim - 1), persistent=False)
-
-    def extra_repr(self) -> str:
-        """Show the constructor's arguments."""
-        return f"latent_dim={self.latent_dim}, scale={self.scale}"
-
-    def forward(self) -> Distribution:
-        """The distribution p(z)."""
-        return dist.LogisticNormal(self.loc, torch.full_like(self.loc, self.scale))
-
-
-class Dirichlet(Prior):
-    r"""The symmetric Dirichlet distribution on the simplex: D positive numbers that sum to 1.
-
-    .. math:: p(z) = \frac{\Gamma(D a)}{\Gamma(a)^D} \prod_d z_d^{a - 1}
-
-    Concentration 1 is uniform; below 1 most of the mass lies at corners and edges, above 1 in the middle.
-
-    Args:
-        latent_dim: how many numbers D.
-        concentration: the concentration a.
-
-    Returns:
-        A distribution with batch shape () and event shape (D,), with ``rsample``.
-
-    Raises:
-        ValueError: latent_dim < 2 or concentration <= 0.
-
-    Source: the definition.
-
-    Example:
-        >>> Dirichlet(3)().log_prob(torch.tensor([0.2, 0.3, 0.5])).exp()  # uniform on a triangle of area 1/2
-        tensor(2.)
-    """
-
-    ones: Tensor
-
-    def __init__(self, latent_dim: int, concentration: float = 1.0):
-        super().__init__()
-        _check_positive(concentration=concentration)
-        _check_several(latent_dim)
-        self.latent_dim, self.concentration = latent_dim, concentration
-        self.register_buffer("ones", torch.ones(latent_dim), persistent=False)
-
-    def extra_repr(self) -> str:
-        """Show the constructor's arguments."""
-        return f"latent_dim={self.latent_dim}, concentration={self.concentration}"
-
-    def forward(self) -> Distribution:
-        """The distribution p(z)."""
-        return dist.Dirichlet(self.concentration * self.ones)
-
-
-class SphereUniform(Prior):
-    r"""The uniform distribution on the unit sphere of R^D, for codes that are directions.
-
-    .. math:: p(z) = \frac{\Gamma(D / 2)}{2 \pi^{D / 2}}, \qquad |z| = 1
-
-    The density is with respect to the sphere's area and zero elsewhere, so the encoder must give points of the sphere
-    (with a density of the same kind).
-
-    Args:
-        latent_dim: number of coordinates D; the sphere itself has D - 1 dimensions.
-
-    Returns:
-        A distribution with batch shape () and event shape (D,), with ``rsample``.
-
-    Raises:
-        ValueError: latent_dim < 2.
-
-    Source: Davidson et al. (2018), Hyperspherical Variational Auto-Encoders, arXiv:1804.00891.
-
-    Example:
-        >>> 1 / SphereUniform(2)().log_prob(torch.tensor([0.6, 0.8])).exp()  # the circle has length 2 pi
-        tensor(6.2832)
-    """
-
-    loc: Tensor
-
-    def __init__(self, latent_dim: int):
-        super().__init__()
-        _check_several(latent_dim)
-        self.latent_dim = latent_dim
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-
-    def extra_repr(self) -> str:
-        """Show the constructor's argument."""
-        return f"latent_dim={self.latent_dim}"
-
-    def forward(self) -> Distribution:
-        """The distribution p(z)."""
-        return _OnSphere(self.loc)
-
-
-class _OnSphere(dist.TorchDistribution):
-    """Uniform on the unit sphere around loc = 0, [D], whose type and device the draws have."""
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.sphere
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, batch_shape: Sequence[int] = (), validate_args: bool | None = None):
-        self.loc = loc
-        super().__init__(torch.Size(batch_shape), loc.shape, validate_args=validate_args)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc.expand(self._extended_shape())
-
-    @property
-    def variance(self) -> Tensor:
-        return torch.full_like(self.mean, 1 / len(self.loc))
-
-    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> "_OnSphere":
-        return _OnSphere(self.loc, batch_shape, self._validate_args)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        z = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device)
-        return z / z.norm(dim=-1, keepdim=True)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        half = len(self.loc) / 2
-        density = math.lgamma(half) - math.log(2) - half * math.log(math.pi)
-        log_p = (0 * value.sum(-1)).masked_fill(~self.support.check(value), -math.inf) + density
-        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+        return Mixture(dist.Categorical(logits=weights), self.encoder(self.pseudo_inputs))
 
 
 class OneHotCategorical(Prior):
@@ -519,14 +394,3 @@ class Bernoulli(Prior):
     def forward(self) -> Distribution:
         """The distribution p(z)."""
         return dist.Bernoulli(self.probs * self.ones).to_event(1)
-
-
-def _check_positive(**arguments: float) -> None:
-    for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"expected {name} > 0, found {value}: choose a positive number.")
-
-
-def _check_several(latent_dim: int) -> None:
-    if latent_dim < 2:
-        raise ValueError(f"expected latent_dim >= 2, found {latent_dim}: this prior needs two numbers or more.")

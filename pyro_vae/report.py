@@ -17,18 +17,18 @@ from torch import Tensor
 
 from pyro_vae import diagnostics, plots
 from pyro_vae.checkpoints import write_atomically
-from pyro_vae.contracts import untouched
+from pyro_vae.contracts import NO_LIKELIHOOD, code, is_discrete, is_normalised, untouched
 from pyro_vae.estimates import with_error
 
-_BATCH, _MOST_CODES, _MOST_COLUMNS = 1000, 5000, 60
+_BATCH, _MOST_CODES, _MOST_COLUMNS, _MOST_VALUES = 1000, 5000, 60, 40
 
 
 def write_figures(vae: Any, data: Any, history: plots.History, folder: str | Path, seed: int = 0) -> list[Path]:
     """Draw what there is to see of a trained model, one PNG each.
 
-    Always curves and latent; kl_per_dimension where prior and posterior factorise; for images reconstructions,
-    samples and, with two latent dimensions, manifold; for tables of up to 60 columns marginals. Neither
-    the model nor the state of the random numbers is changed.
+    Always curves and latent (codes where z is discrete); kl_per_dimension where prior and posterior factorise into
+    normals; for images reconstructions, samples and, with two latent dimensions, manifold; for tables of up to 60
+    columns marginals. Neither the model nor the state of the random numbers is changed.
 
     Args:
         vae: the model, with ``prior()``, ``encoder(x)`` and ``decoder(z)``.
@@ -66,24 +66,40 @@ def write_figures(vae: Any, data: Any, history: plots.History, folder: str | Pat
         x = data.test[:_MOST_CODES]
         prior = vae.prior()
         decode = _batched(lambda z: _mean(vae.decoder(z)), device)
-        z = _batched(lambda rows: _mean(vae.encoder(rows)), device)(x).flatten(1)
+        discrete = is_discrete(prior)
+        z = _batched(lambda rows: (code if discrete else _mean)(vae.encoder(rows)), device)(x).flatten(1)
         policy = f"{data.policy}; n = {len(x)}"
 
         if _is_image(x):
-            lowest, highest = min(0.0, float(data.test.min())), float(data.test.max())
+            known = data.test.nan_to_num(nan=0.0)  # NaN: a missing pixel
+            lowest, highest = min(0.0, float(known.min())), float(known.max())
             values = getattr(data, "value_range", None) or (lowest, highest if highest > lowest else 1.0)
             x_hat = decode(z[:20])
-            title = "first test pictures, reconstructed from the mean of q(z | x)"
+            place = "most probable z" if discrete else "mean of q(z | x)"
+            title = f"first test pictures, reconstructed from the {place}"
             save("reconstructions", plots.reconstructions(x[:20].cpu(), x_hat, value_range=values), title)
             ax = plots.image_grid(decode(prior.sample((100,))), value_range=values)
             save("samples", ax, "mean of p(x | z) for 100 draws z ~ p(z)")
-        elif x.ndim == 2 and x.shape[1] <= _MOST_COLUMNS:
+        elif x.ndim == 2 and x.shape[1] <= _MOST_COLUMNS and is_normalised(vae.decoder(prior.sample((1,)).to(device))):
             generated = _batched(lambda z: vae.decoder(z).sample(), device)(prior.sample((len(x),)))
             ax = plots.table_marginals(x, generated, getattr(data, "columns", None))
             save("marginals", ax, f"test data and {len(x)} draws from the model", policy)
 
         standard = _is_standard_normal(prior)
         labels = None if data.test_labels is None else data.test_labels[: len(x)]
+        if discrete:
+            codes, names, index = _codes(z)
+            shown = index < len(codes)
+            heights = [0.3 + 0.85 * math.ceil(len(codes) / 10)] * _is_image(x) + [3.6]
+            figure = Figure(figsize=(7.2, sum(heights)), layout="constrained")
+            axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+            of_shown = None if labels is None else labels[shown]
+            plots.code_usage(index[shown], names, of_shown, getattr(data, "classes", None), axes[-1])
+            if _is_image(x):
+                plots.code_pictures(decode(codes), names, values, axes[0])
+            more = "" if bool(shown.all()) else f" (the {len(codes)} most frequent)"
+            save("codes", axes[0], f"values of z{more}: mean of p(x | z), and whose they are", policy)
+            return written
         ax = plots.latent_scatter(z, labels, getattr(data, "classes", None), prior_circle=standard)
         save("latent", ax, "mean of q(z | x) of the test data", policy)
 
@@ -122,7 +138,8 @@ def write_report(folder: str | Path, title: str | None = None) -> Path:
         raise ValueError(f"{folder} is no folder, expected that of a run: check the path.")
     heading = _escape(folder.resolve().name if title is None else title)
     parts = [_evaluation(folder / "evaluation.json"), _GLOSSARY, _figures(folder / "figures")]
-    parts += [_metrics(folder / "metrics.jsonl"), _verbatim(folder / "config.yaml", "Configuration")]
+    is_score = NO_LIKELIHOOD in parts[0]
+    parts += [_metrics(folder / "metrics.jsonl", is_score), _verbatim(folder / "config.yaml", "Configuration")]
     parts += [_verbatim(folder / "evaluation.json", "Complete evaluation")]
     page = _PAGE.format(style=_STYLE, title=heading, body="\n".join(filter(None, parts)))
     write_atomically(folder / "report.html", page)
@@ -143,6 +160,21 @@ def _mean(distribution: Any) -> Tensor:
     except NotImplementedError:
         pass
     return distribution.sample((64,)).float().mean(0)
+
+
+def _codes(z: Tensor) -> tuple[Tensor, list[str], Tensor]:
+    """The values of a discrete z [N, D] to show, [S, D], their names, and which of them each example has, [N].
+
+    One-hot vectors: all classes, used or not; else the most frequent vectors, S for the others.
+    """
+    if bool((z.sum(1) == 1).all() and (z.max(1).values == 1).all()) and z.shape[1] <= _MOST_VALUES:
+        return torch.eye(z.shape[1], dtype=z.dtype), [str(c + 1) for c in range(z.shape[1])], z.argmax(1)
+    values, index, counts = z.unique(dim=0, return_inverse=True, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:_MOST_VALUES]
+    place = torch.full((len(values),), len(order))
+    place[order] = torch.arange(len(order))
+    names = ["".join(f"{int(number)}" for number in value) for value in values[order]]
+    return values[order], names, place[index]
 
 
 def _is_image(x: Tensor) -> bool:
@@ -197,9 +229,11 @@ def _evaluation(path: Path) -> str:
         texts = [_escape(estimate.get(key, "–")) for key in ("units", "num_particles", "num_examples")]
         rows.append([_escape(estimate.get("name", "–")), value, *texts])
     header = ("estimate", "mean ± standard error", "units", "draws of z (K)", "examples (n)")
+    shown_once = dict.fromkeys(e["caveat"] for e in evaluation.get("estimates", []) if "caveat" in e)
     policy = evaluation.get("policy")
     note = f"<p>Data: {_escape(policy)}</p>" if policy else ""
-    return "\n".join(["<h2>Evaluation</h2>", _table(header, rows) if rows else "", note])
+    warning = "".join(f"<p><strong>{_escape(caveat)}</strong></p>" for caveat in shown_once)
+    return "\n".join(["<h2>Evaluation</h2>", _table(header, rows) if rows else "", warning, note])
 
 
 def _figures(folder: Path) -> str:
@@ -214,7 +248,7 @@ def _figures(folder: Path) -> str:
     return "<h2>Figures</h2>\n" + "\n".join(shown) if shown else ""
 
 
-def _metrics(path: Path) -> str:
+def _metrics(path: Path, is_score: bool = False) -> str:
     if not path.exists():
         return ""
     lines = [(i, line) for i, line in enumerate(_read(path).splitlines(), 1) if line.strip()]
@@ -229,7 +263,10 @@ def _metrics(path: Path) -> str:
     cells = [[_cell(name, rows[i].get(name)) for name in columns] for i in kept]
     some = f"{len(kept)} of {len(rows)} epochs are shown. " if len(kept) < len(rows) else ""
     note = f"<p>{some}All but epoch and seconds in nats per example.</p>"
-    return f"<h2>Training</h2>\n{note}\n{_table([_HEADERS.get(c, _escape(c)) for c in columns], cells)}"
+    headers = [_HEADERS.get(c, _escape(c)) for c in columns]
+    if is_score:  # no likelihood, so no bound
+        headers = [header.replace("ELBO", "score − KL").replace("log p(x | z)", "score") for header in headers]
+    return f"<h2>Training</h2>\n{note}\n{_table(headers, cells)}"
 
 
 def _cell(name: str, value: object) -> str:
@@ -268,10 +305,21 @@ _CAPTIONS = {
     "latent": "Each point is the code of one test example. Classes that form groups mean that z carries what tells "
     "them apart, although training needs no label. Codes should fill the prior's circle, where one is drawn: "
     "a region without codes decodes to unlikely pictures.",
+    "codes": "Above, what each value of z decodes to; below, how many test examples have it as their most probable "
+    "one, coloured by class. Bars of one colour mean that a value stands for a class, although training needs no "
+    "label; an empty place is a value that the model does not use.",
     "manifold": "What each place of the latent space decodes to. Neighbours should change smoothly. Compare with "
     "the codes: the axes are the same, here covering the middle of the prior.",
     "kl_per_dimension": "How many nats each latent dimension carries about x. Dimensions near zero are unused: the "
     "decoder has learned to do without them.",
+    "log_weights": "The importance weights behind log p(x), for the easiest and the hardest example. A long "
+    "tail to the right, a Pareto k above 0.7, means that a few draws make the estimate: raise K or anneal.",
+    "gaps": "Where nats are lost. Approximation: no member of the posterior's family fits. Amortisation: the encoder "
+    "does not find the best member. Generalisation: the ELBO is higher on training data than on test data.",
+    "aggregate": "Where the codes of all examples lie, against where the prior draws them. Mass of the prior without "
+    "codes decodes to unlikely data; codes outside the prior are never drawn.",
+    "posteriors": "The true posterior of a few examples and the encoder's answer. Tilted or bent shapes are out of "
+    "reach for a diagonal normal; a shift means that the encoder is off.",
     "marginals": "Each column in the data and in samples of the model. The medians should coincide and the ranges "
     "be equally long; a shorter one means that the model misses rare values.",
 }

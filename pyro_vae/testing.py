@@ -16,6 +16,7 @@ import pyro.infer
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, MultivariateStudentT
+from pyro.distributions.constraints import sphere
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.distributions import Independent, biject_to, constraints
@@ -182,6 +183,7 @@ def check_objective(objective: Any) -> None:
         weight, loc = torch.randn(7, 2, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
         exact = LinearGaussian(weight, loc, scale=0.7)
         x = loc + torch.randn(5, 2, dtype=torch.float64) @ weight.T + 0.7 * torch.randn(5, 7).double()
+        objective = copy.deepcopy(objective)  # its steps are counted
         vae, loose = exact.as_vae(), exact.as_vae(diagonal=True)
         with torch.no_grad():
             list(loose.parameters())[-1].add_(0.1)  # mean and scale off: a guide with a gap
@@ -189,7 +191,6 @@ def check_objective(objective: Any) -> None:
         if getattr(objective, "is_bound", True):
             log_px = exact.log_evidence(x)
             with torch.no_grad():
-                at_posterior = objective.bound(vae.model, vae.guide, x)
                 draws = torch.stack([objective.bound(loose.model, loose.guide, x) for _ in range(200)])
             excess = draws.mean(0) - log_px
             allowed = 4 * draws.std(0) / math.sqrt(len(draws)) + 1e-8
@@ -200,7 +201,8 @@ def check_objective(objective: Any) -> None:
                 "expected a lower bound: look for a wrong sign or a missing term, or set is_bound = False.",
             )
             if getattr(objective, "is_tight", True):
-                gap = (at_posterior - log_px).abs().max().item()
+                with torch.no_grad():
+                    gap = (objective.bound(vae.model, vae.guide, x) - log_px).abs().max().item()
                 _require(
                     gap < 1e-8,
                     f"{name} differs from log p(x) by {gap:.3g} nats although the guide is the exact posterior, "
@@ -317,6 +319,14 @@ def _check_density(d: Any, name: str, num_samples: int) -> None:
     base = _elements(d)
     if isinstance(base, Delta):
         return  # a point mass has no density
+    if hasattr(base, "parts"):  # columns of different kinds: each kind by itself
+        z = base.sample((num_samples // 4,))
+        whole = base.log_prob(z).sum(-1)
+        _require(torch.allclose(d.log_prob(z), whole), f"log_prob of {name} is not the sum over its columns.")
+        _check_independence(z.reshape(len(z), -1, 1), name)
+        for part in base.parts:
+            _check_density(part, name, num_samples)
+        return
     batch, event = base.batch_shape.numel(), base.event_shape.numel()
     _require(
         batch * event <= _MAX_NUMBERS,
@@ -331,11 +341,17 @@ def _check_density(d: Any, name: str, num_samples: int) -> None:
         f"log_prob of {name} is not the sum over its independent numbers: sum over the event axes.",
     )
     z = z.to(log_p.dtype)
+    points: _Points | None
     support: Any = base.support
     while hasattr(support, "base_constraint") and not isinstance(support, constraints.independent):
         support = support.base_constraint  # what a mixture wraps around its components' support
     if support.is_discrete:
         _compare(_enumerate(base, z, support, name), z, log_p, name)
+    elif support is sphere:
+        points = _on_sphere(base, z)
+        _check_stein_on_sphere(base, z, name)
+        if points is not None:
+            _compare(points, z, log_p, name)
     else:
         density = _Density(base, support, z[0])
         u = biject_to(support).inv(z).reshape(num_samples, *base.batch_shape, -1)
@@ -343,7 +359,6 @@ def _check_density(d: Any, name: str, num_samples: int) -> None:
         _require(spread, f"{name} draws the same again and again, expected a density: use Delta for a point mass.")
         limits = _limits(z)
         z = z.clamp(*limits)
-        points: _Points | None
         if u.shape[-1] <= 2:
             points = _grid(density, u, name)
         else:
@@ -453,8 +468,48 @@ def _check_stein(density: _Density, u: Tensor, name: str) -> None:
         (score,) = torch.autograd.grad(density(leaf)[2].sum(), leaf)
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     product = (u - u.mean(0)).unsqueeze(-1) * score.unsqueeze(-2) + eye
-    for what, values in (("E[d log p / dz]", score), ("E[z d log p / dz] + 1", product)):
-        errors = (values.mean(0).abs() / (values.std(0) / math.sqrt(len(u)) + 1e-9)).max()
+    _require_zero({"E[d log p / dz]": score, "E[z d log p / dz] + 1": product}, name)
+
+
+def _on_sphere(d: Any, z: Tensor) -> _Points | None:
+    """Points of the sphere with weights: a grid of angles in two or three dimensions, else uniform draws."""
+    dim, num = z.shape[-1], 400
+    turn = (torch.arange(num, dtype=z.dtype, device=z.device) + 0.5) * (2 * math.pi / num)
+    if dim == 2:
+        points, area = torch.stack([turn.cos(), turn.sin()], -1), torch.ones_like(turn)
+    elif dim == 3:
+        tilt, turn = torch.cartesian_prod(turn / 2, turn).unbind(-1)
+        points = torch.stack([tilt.sin() * turn.cos(), tilt.sin() * turn.sin(), tilt.cos()], -1)
+        area = tilt.sin()
+    else:
+        points = torch.randn(len(z), dim, dtype=z.dtype, device=z.device)
+        points = points / points.norm(dim=-1, keepdim=True)
+        area = torch.ones_like(points[:, 0])
+    area = area / area.sum() * math.exp(math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2))
+    points = points.reshape(len(points), *[1] * len(d.batch_shape), dim).expand(-1, *d.batch_shape, dim)
+    log_p = d.log_prob(points)
+    weight = log_p.exp() * area.reshape(-1, *[1] * len(d.batch_shape))
+    effective = weight.sum(0) ** 2 / (weight**2).sum(0)
+    enough = dim <= 3 or bool((effective > 0.02 * len(z)).all())
+    return _Points(points, log_p, weight, is_random=dim > 3) if enough else None
+
+
+def _check_stein_on_sphere(d: Any, z: Tensor, name: str) -> None:
+    """The score s along the sphere has E[s] = (D - 1) E[z] and E[z_i s_j] = D E[z_i z_j] - 1[i = j]."""
+    with torch.enable_grad():
+        leaf = z.detach().clone().requires_grad_()
+        (score,) = torch.autograd.grad(d.log_prob(leaf).sum(), leaf)
+    score = score - (score * z).sum(-1, keepdim=True) * z
+    dim = z.shape[-1]
+    eye = torch.eye(dim, dtype=z.dtype, device=z.device)
+    product = z.unsqueeze(-1) * (score - dim * z).unsqueeze(-2) + eye
+    parts = {"E[d log p / dz - (D - 1) z]": score - (dim - 1) * z, "E[z d log p / dz - D z z] + 1": product}
+    _require_zero(parts, name)
+
+
+def _require_zero(parts: dict[str, Tensor], name: str) -> None:
+    for what, values in parts.items():
+        errors = (values.mean(0).abs() / (values.std(0) / math.sqrt(len(values)) + 1e-9)).max()
         _require(
             bool(errors < _ERRORS),
             f"{name} scores another density than it samples: {what} is {errors:.1f} standard errors from 0 "
@@ -609,6 +664,8 @@ def _check_loss(objective: Any, vae: Any, x: Tensor, name: str) -> None:
 
     def at_seed(method: Callable[..., Any], model: Any = vae.model, guide: Any = vae.guide) -> Any:
         torch.manual_seed(1)
+        if callable(getattr(objective, "at_step", None)):
+            objective.at_step(0)  # of its schedules
         return method(model, guide, x)
 
     with torch.enable_grad():
@@ -618,7 +675,11 @@ def _check_loss(objective: Any, vae: Any, x: Tensor, name: str) -> None:
         _require(bool(torch.isfinite(bound).all()), f"bound of {name} is infinite or NaN, expected finite numbers.")
         (of_x,) = torch.autograd.grad(bound[0], x)
         apart = bool((of_x[1:] == 0).all())
-        _require(apart, f"bound of {name} mixes the examples, expected each by itself: average over particles only.")
+        _require(
+            apart or getattr(objective, "mixes_examples", False),
+            f"bound of {name} mixes the examples, expected each by itself: average over particles only (or, if it is "
+            "meant to, set mixes_examples = True).",
+        )
         for scale in (1.0, 2.5):
             programs = poutine.scale(vae.model, scale), poutine.scale(vae.guide, scale)
             expected = -scale * bound.sum().item()

@@ -1,7 +1,8 @@
 """Training: SVI steps over shuffled batches, both curves, checkpoints.
 
 A step does what ``pyro.infer.SVI.step`` does, with one optimiser over all parameters and no copy to the host: losses
-add up on the device and are read once an epoch.
+add up on the device and are read once an epoch. Several processes can share the steps (:mod:`pyro_vae.parallel`), and
+data that is too large for the device is read ahead in batches (:mod:`pyro_vae.streaming`).
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,21 @@ import pyro
 import pyro.infer
 import torch
 from pyro import poutine
+from pyro.ops.provenance import detach_provenance
 from pyro.optim import Adam, PyroOptim  # type: ignore[attr-defined]  # made at import
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.checkpoints import load_state, save_model, save_state, write_atomically
+from pyro_vae.checkpoints import load_state, read_bytes, save_model, save_state, write_atomically
 from pyro_vae.compiling import CompiledStep, torch_optimizer
 from pyro_vae.contracts import check_support, check_vae, untouched
+from pyro_vae.discrete import enumerated_terms, is_enumerated
 from pyro_vae.estimates import elbo_terms
 from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.parallel import Workers
+from pyro_vae.streaming import Rows, place
 from pyro_vae.terms import Terms, collect
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -77,6 +83,8 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = False,
     compiled: bool = False,
+    resident: bool | None = None,
+    workers: Workers | None = None,
 ) -> History:
     """Train a VAE by stochastic variational inference, and record the objective and the true ELBO.
 
@@ -86,20 +94,27 @@ def fit(
 
     Args:
         vae: a model with ``model``, ``guide`` and parameters, on the device where it shall be trained.
-        x: training data, [N, *E], on the same device; may be compact (bytes) if ``prepare`` makes floats of it.
+        x: training data, [N, *E], on the same device or on the CPU (perhaps a file, see
+            :func:`pyro_vae.streaming.memory_mapped`); may be compact (bytes) if ``prepare`` makes floats of it.
         objective: what to maximise: an objective of this library or of ``pyro.infer``; the ELBO by default.
+            ``TraceEnum_ELBO`` sums over all values of a discrete z: the guide's enumerable sites are configured for it.
         epochs: passes over the data, those of a resumed run included.
-        batch_size: examples a step.
+        batch_size: examples a step, over all workers.
         lr: learning rate of Adam, when no optimizer is given.
         optimizer: parameters -> torch optimiser, or a ``pyro.optim`` one.
         prepare: rows of x -> the batch that the model sees (binarisation, scaling); default: to floats.
         x_valid: held-out data, [M, *E] in the model's own form; evaluated after each epoch without touching training.
         folder: a run folder: after each epoch its state, model and metrics are replaced atomically.
         resume: go on from the state in ``folder``, bit for bit; False refuses a folder that holds one.
-        on_epoch: called after each epoch with its row.
+        on_epoch: called after each epoch with its row, by the first worker.
         progress: show a progress bar on a terminal.
         compiled: capture and compile the step, see :class:`pyro_vae.compiling.CompiledStep`: the same numbers up to
             rounding, several times faster for small networks, after some seconds of compilation.
+        resident: keep x on the device (True) or read it in batches from where it is (False), with the same numbers;
+            None decides by the free memory, see :func:`pyro_vae.streaming.place`.
+        workers: the processes that share each batch, from :func:`pyro_vae.parallel.join`; each calls ``fit`` with the
+            same arguments, and the first one writes ``folder``. Batch norm, and objectives that mix examples, see a
+            worker's part of a batch. By default this process alone.
 
     Returns:
         The history; see :class:`History`.
@@ -131,11 +146,16 @@ def fit(
     parameters = [p for p in vae.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("expected a model with parameters to train, found none that require gradients.")
-    dtype = parameters[0].dtype
+    dtype, device = parameters[0].dtype, parameters[0].device
     to_batch = _floats(prepare, dtype)
-    _check_data(vae, x, x_valid, to_batch, batch_size)
+    _check_shapes(x, x_valid, device)
+    workers = Workers() if workers is None else workers
+    data, x_valid = place(x, device, resident), None if x_valid is None else x_valid.to(device)
+    _check_data(vae, data, x_valid, to_batch, batch_size)
 
     optim = torch_optimizer(optimizer or Adam({"lr": lr}))(parameters)
+    if not isinstance(objective, Objective):
+        _settle_plates(objective, vae, data.first(batch_size), to_batch)
     gradients = _gradients_of(objective, vae)
     if compiled:
         gradients = CompiledStep(gradients, parameters, vae, warm=0)
@@ -146,38 +166,46 @@ def fit(
         "optimizer": f"{type(optim).__name__}({', '.join(f'{k}={v}' for k, v in sorted(optim.defaults.items()))})",
         "compiled": compiled,
     }
-    rows = _open(folder, resume, vae, optim, settings)
+    rows = _open(folder, resume, vae, optim, settings, workers)
     if len(rows) > epochs:
         raise ValueError(f"{folder} has {len(rows)} epochs behind it, expected more, found epochs={epochs}.")
 
     modes = {part: part.training for part in vae.modules()}
+    progress = progress and workers.is_first
     bar = tqdm(total=epochs * len(x), initial=len(rows) * len(x), unit="ex", disable=None if progress else True)
+    if progress and data.streamed:
+        tqdm.write(f"streaming  {data.note}")
     try:
         with pyro.get_param_store().scope(), bar:
             for epoch in range(len(rows) + 1, epochs + 1):
                 start = time.perf_counter()
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 vae.train()
-                totals = torch.zeros(4, dtype=torch.float64, device=x.device)
-                for index in torch.randperm(len(x), device=x.device).split(batch_size):
+                workers.equalize_(vae)
+                totals = torch.zeros(4, dtype=torch.float64, device=device)
+                batches = workers.shuffle(len(x), device).to(data.x.device).split(batch_size)
+                shards = data.read([workers.part(batch) for batch in batches])
+                for step, (batch, shard) in enumerate(zip(batches, shards, strict=True), (epoch - 1) * len(batches)):
+                    if isinstance(objective, Objective):
+                        objective.at_step(step, device)  # set, not counted: a resumed run goes on at its step
                     optim.zero_grad(set_to_none=True)
                     try:
-                        totals += gradients(to_batch(x[index]))
+                        if len(shard) > 0:  # the last batch may have fewer examples than there are workers
+                            totals += gradients(to_batch(shard))
                     except ValueError as error:  # validation finds a scale of 0 or NaN before the objective does
                         if not _DIVERGED.search(str(error)):
                             raise
                         raise _diverged("undefined", epoch, lr) from error
+                    workers.sum_gradients_(parameters)
                     optim.step()
-                    bar.update(len(index))
-                row = _row(epoch, totals / len(x), lr)
+                    bar.update(len(batch))
+                row = _row(epoch, workers.sum_(totals) / len(x), lr)
                 if x_valid is not None:
-                    valid = elbo_terms(vae, x_valid.to(dtype))
-                    row |= {f"valid_{name}": estimate.mean for name, estimate in valid.items()}
-                    row["valid_elbo_se"] = valid["elbo"].standard_error
+                    row |= workers.from_first(lambda: _held_out(vae, x_valid.to(dtype)))
                 rows.append(row | {"seconds": time.perf_counter() - start})
-                if folder is not None:
+                if folder is not None and workers.is_first:
                     _save(Path(folder), vae, optim, rows, settings)
-                if on_epoch is not None:
+                if on_epoch is not None and workers.is_first:
                     on_epoch(rows[-1])
     finally:
         for part, mode in modes.items():
@@ -196,10 +224,7 @@ def _floats(prepare: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> C
     return lambda rows: prepare(rows).to(dtype)
 
 
-def _check_data(
-    vae: Any, x: Tensor, x_valid: Tensor | None, to_batch: Callable[[Tensor], Tensor], batch_size: int
-) -> None:
-    """One dry run on the first rows, then the support of p(x | z) on all of the data; the random state is untouched."""
+def _check_shapes(x: Tensor, x_valid: Tensor | None, device: torch.device) -> None:
     if not isinstance(x, Tensor) or x.dim() < 2 or len(x) == 0:
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"expected training data [N, *E] with N >= 1, found {found}: pass a tensor of examples.")
@@ -208,11 +233,17 @@ def _check_data(
         raise ValueError(
             f"expected held-out data x_valid [M, *E] with M >= 1, found {found}: pass a tensor of examples."
         )
-    devices = {str(t.device) for t in (x, x_valid, next(vae.parameters())) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"expected model and data on one device, found {sorted(devices)}: move them with .to(device).")
+    elsewhere = {str(data.device) for data in (x, x_valid) if data is not None} - {"cpu", str(device)}
+    if elsewhere:
+        raise ValueError(f"expected data on the CPU or the model's {device}, found it on {elsewhere}: use .to(device).")
+
+
+def _check_data(
+    vae: Any, data: Rows, x_valid: Tensor | None, to_batch: Callable[[Tensor], Tensor], batch_size: int
+) -> None:
+    """One dry run on the first rows, then the support of p(x | z) on all of the data; the random state is untouched."""
     with untouched(vae):
-        first = to_batch(x[:batch_size])
+        first = to_batch(data.first(batch_size))
     if not all(hasattr(vae, part) for part in ("prior", "decoder", "encoder")):
         return  # any other Pyro program: its own validation speaks
     check_vae(vae, first)
@@ -220,12 +251,30 @@ def _check_data(
         check_vae(vae, x_valid[:batch_size].to(first.dtype))
     with untouched(vae), pyro.validation_enabled(False):
         p = vae.decoder(vae.encoder(first[:1]).mean)
-        blocks = [to_batch(rows) for rows in x.split(10_000)]
-        blocks += [] if x_valid is None else list(x_valid.split(10_000))
-        for block in blocks:
-            if not bool(torch.isfinite(block).all()):
-                raise ValueError("x has values that are NaN or infinite, expected finite ones: clean or mask them.")
+        held_out = () if x_valid is None else x_valid.split(10_000)
+        for block in chain(map(to_batch, data.blocks(10_000)), held_out):  # one at a time
+            if bool(block.isinf().any()):
+                raise ValueError("x has infinite values, expected finite ones: clean the data.")
             check_support(p, block)
+
+
+def _settle_plates(objective: Any, vae: Any, rows: Tensor, to_batch: Callable[[Tensor], Tensor]) -> None:
+    """Give one of Pyro's objectives its number of nested plates before the first step.
+
+    Pyro guesses it by an extra run within the first step, whose draws a resumed run would repeat; from YAML it comes
+    as a float, which cannot index.
+    """
+    vectorised = objective.vectorize_particles and objective.num_particles > 1
+    if objective.max_plate_nesting != math.inf:
+        objective.max_plate_nesting = int(objective.max_plate_nesting)
+    elif vectorised or isinstance(objective, pyro.infer.TraceEnum_ELBO):
+        with untouched(vae):
+            batch = to_batch(rows)
+            guide = poutine.trace(vae.guide).get_trace(batch)
+            model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(batch)
+        sites = [site for trace in (guide, model) for site in trace.nodes.values() if site["type"] == "sample"]
+        dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
+        objective.max_plate_nesting = -min(dims, default=0) + int(vectorised)
 
 
 def _gradients_of(objective: pyro.infer.ELBO, vae: Any) -> Callable[[Tensor], Tensor]:
@@ -238,7 +287,9 @@ def _gradients_of(objective: pyro.infer.ELBO, vae: Any) -> Callable[[Tensor], Te
         loss.backward()
         return _sums(-loss.detach(), terms)
 
-    model, guide = _Recorder(vae.model), _Recorder(vae.guide)  # once: Pyro's Jit objectives compile by program
+    enumerates = isinstance(objective, pyro.infer.TraceEnum_ELBO)
+    program = pyro.infer.config_enumerate(vae.guide, default="parallel") if enumerates else vae.guide
+    model, guide = _Recorder(vae.model), _Recorder(program)  # once: Pyro's Jit objectives compile by program
 
     def pyros(x: Tensor) -> Tensor:
         model.trace = guide.trace = None
@@ -253,10 +304,14 @@ def _gradients_of(objective: pyro.infer.ELBO, vae: Any) -> Callable[[Tensor], Te
             return unknown
         try:
             with torch.no_grad():
-                terms = collect(prune_subsample_sites(model.trace), prune_subsample_sites(guide.trace))
+                traces = prune_subsample_sites(model.trace), prune_subsample_sites(guide.trace)
+                if enumerates and is_enumerated(traces[1]):
+                    log_px, log_pz, log_qz = (term.double() for term in enumerated_terms(*traces))
+                    return torch.stack([value, log_px + log_pz - log_qz, log_px, log_qz - log_pz])
+                terms = collect(*traces)
         except (ValueError, RuntimeError, NotImplementedError):
             return unknown
-        return _sums(value, terms)
+        return detach_provenance(_sums(value, terms))  # TraceGraph_ELBO's wrapper would be captured as a constant
 
     return own if isinstance(objective, Objective) else pyros
 
@@ -287,6 +342,12 @@ def _row(epoch: int, means: Tensor, lr: float) -> dict[str, Any]:
     return {"epoch": epoch, "objective": objective, "elbo": elbo, "log_px": log_px, "kl": kl}
 
 
+def _held_out(vae: Any, x_valid: Tensor) -> dict[str, float]:
+    valid = elbo_terms(vae, x_valid)
+    means = {f"valid_{name}": estimate.mean for name, estimate in valid.items()}
+    return means | {"valid_elbo_se": valid["elbo"].standard_error}
+
+
 _DIVERGED = re.compile("Expected (parameter|value argument) |while computing log_prob")
 
 
@@ -303,6 +364,7 @@ def _open(
     vae: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
+    workers: Workers,
 ) -> list[dict[str, Any]]:
     if folder is None:
         if resume:
@@ -310,8 +372,9 @@ def _open(
         return []
     state = Path(folder) / "state" / "latest.safetensors"
     if resume:
-        return load_state(state, vae, optimizer, settings)
-    if state.exists():
+        content = workers.from_first(lambda: read_bytes(state))  # perhaps on its machine only
+        return load_state(state, vae, optimizer, settings, content)
+    if workers.is_first and state.exists():
         raise ValueError(f"{folder} already holds a run, expected a fresh folder: choose another, or pass resume=True.")
     return []
 

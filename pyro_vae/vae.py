@@ -3,7 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.contracts import DecoderLike, Distribution, EncoderLike, PriorLike
+from pyro_vae.contracts import DecoderLike, Distribution, EncoderLike, PriorLike, code
 
 
 class VAE(nn.Module):
@@ -60,9 +60,10 @@ class VAE(nn.Module):
         return self.decoder(z)
 
     def reconstruct(self, x: Tensor, sample: bool = False) -> Tensor:
-        """The mean of p(x | z) at the posterior mean, or at a posterior draw (``sample``), [B, *E]."""
+        """The mean of p(x | z) at the posterior mean (the most probable z where it is discrete), or at a posterior draw
+        (``sample``), [B, *E]."""
         q = self.encode(x)
-        return self.decode(q.sample() if sample else q.mean).mean
+        return self.decode(q.sample() if sample else code(q)).mean
 
     def sample(self, num_samples: int) -> Tensor:
         """Draws from p(x): z from the prior, then x from the decoder, [num_samples, *E]."""

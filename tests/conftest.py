@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; before torch reads it
+
 import pyro
 import pytest
 import torch

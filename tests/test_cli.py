@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -207,7 +208,76 @@ def test_a_table(capsys):
     main(["train", *QUICK, "--figures", "true", "--out", "run", "--data", "Table", "--data.path", "t.csv"])
     assert "HeteroscedasticNormal" in capsys.readouterr().out
     main(["sample", "run", "--num", "4"])
-    assert np.load("run/samples.npy").shape == (4, 3)
+    lines = Path("run/samples.csv").read_text().splitlines()
+    assert lines[0] == "a,b,c" and len(lines) == 5
+    main(["sample", "run", "--num", "4", "--out", "samples.npy"])
+    assert np.load("samples.npy").shape == (4, 3)
+
+
+def test_a_table_of_mixed_columns_with_gaps(capsys):
+    """Text becomes categories, empty cells are missing, and what is written has the words of the file."""
+    rng = np.random.default_rng(0)
+    rows = [
+        [f"{z:.2f}", "Rome" if z > 0 else rng.choice(["Oslo", "Bonn"]), rng.poisson(2)] for z in rng.normal(size=80)
+    ]
+    for row in rows[::7]:
+        row[1] = ""
+    Path("t.csv").write_text("size,city,visits\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    main(["train", *QUICK, "--figures", "true", "--out", "run", "--data", "Table", "--data.path", "t.csv"])
+    out = capsys.readouterr().out
+    assert "p(x|z) Masked(MixedColumns)" in out and "categorical: city (3); count: visits" in out
+    assert "12 of 240 cells missing (city 12)" in out
+    config = yaml.safe_load(Path("run/config.yaml").read_text())["likelihood"]
+    assert config["class_path"].endswith("Masked")
+    main(["evaluate", "run", "--num_particles", "7"])
+    assert "log p(x)" in capsys.readouterr().out
+    main(["reconstruct", "run", "--num", "5"])
+    lines = [line.split(",") for line in Path("run/reconstructions.csv").read_text().splitlines()]
+    assert lines[0] == ["size", "city", "visits"] and len(lines) == 6
+    assert {line[1] for line in lines[1:]} <= {"Rome", "Oslo", "Bonn"} and all(line[2].isdigit() for line in lines[1:])
+    main(["train", "--config", "run/config.yaml", "--out", "again"])
+    assert Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
+    words = ["--data", "Table", "--data.path", "t.csv", "--likelihood", "HeteroscedasticNormal"]
+    message = refused(capsys, "train", *QUICK, "--out", "no", *words)
+    assert "values that are NaN" in message and "--likelihood Masked --likelihood.likelihood CLASS" in message
+    words[-1:] = ["Masked", "--likelihood.likelihood", "HeteroscedasticNormal"]
+    main(["train", *QUICK, "--out", "yes", *words])
+
+
+def test_levels_train_and_report_bits_per_dimension(capsys):
+    np.save("x.npy", np.random.default_rng(0).integers(0, 256, size=(40, 4, 4), dtype=np.uint8))
+    data = ["--data", "ArrayFile", "--data.path", "x.npy", "--data.binarization", "levels"]
+    for i, words in enumerate(([], ["--likelihood", "Categorical"], ["--likelihood", "DiscretizedLogisticMixture"])):
+        main(["train", *QUICK, "--out", str(i), *data, *words])
+        bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", capsys.readouterr().out)[1])
+        nats = json.loads(Path(f"{i}/evaluation.json").read_text())["estimates"]
+        assert abs(bits * 16 * np.log(2) + next(e["mean"] for e in nats if e["name"] == "log p(x)")) < 1
+        assert bits > 7.5  # uniform bytes cost 8
+    main(["train", *QUICK, "--out", "density", *data, "--likelihood", "Normal"])
+    assert "bits per dimension" not in capsys.readouterr().out
+
+
+def test_a_comparison_claims_no_evidence_anywhere(capsys):
+    Path("features.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Conv2d(1, 3, 3), nn.ReLU())\n\n\n"
+        "def mine(x, x_hat):\n    return (x - x_hat).abs().flatten(1).sum(1)\n"
+    )
+    says = "no normalised likelihood: no evidence can be claimed"
+    score = ["--likelihood", "Comparison", "--likelihood.bounded", "false"]
+    perceptual = ["--likelihood.distance", "pyro_vae.comparisons.Perceptual"]
+    perceptual += ["--likelihood.distance.network", "features.Net", "--likelihood.distance.layers", '["0"]']
+    for i, words in enumerate(([], ["--likelihood.distance", "features.mine"], perceptual)):
+        main(["train", *QUICK, "--out", f"run{i}", *score, *words])
+        out = capsys.readouterr().out
+        assert out.count(says) >= 3 and "  ELBO  " not in out and "log p(x) " not in out
+        assert says in Path(f"run{i}/report.html").read_text()
+        evaluation = json.loads(Path(f"run{i}/evaluation.json").read_text())
+        assert says in evaluation["policy"] and evaluation["estimates"][0]["caveat"] == says
+        main(["evaluate", f"run{i}", "--num_particles", "7"])
+        assert says in capsys.readouterr().out
+    assert f"found a score ({says}): use --mean true" in refused(capsys, "sample", "run0", "--mean", "false")
+    main(["sample", "run0", "--num", "4"])
 
 
 def test_arrays_and_folders_of_images():
@@ -255,12 +325,12 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
         ("train --likelihood Binomial", "--likelihood needs --likelihood.total_count: give it"),
         (
             "train --data MNIST --data.binarization foo",
-            "--data.binarization: expected Literal['grey', 'static', 'dynamic']",
+            "--data.binarization: expected Literal['grey', 'static', 'dynamic', 'levels']",
         ),
         ("train --networks.activation torch.nn.Foo", "--networks: module 'torch.nn' has no attribute 'Foo'"),
         ("train --objective Trace_MMD", "pyro.infer.Trace_MMD needs the Python object kernel"),
         (
-            "train --objective ReweightedWakeSleep",
+            "train --objective ReweightedWakeSleep --objective.num_particles 1",
             "cannot make the objective ReweightedWakeSleep (Reweighted Wake Sleep needs",
         ),
         ("train --optimizer SparseAdam", "training with ELBO(num_particles=1) and torch.optim.SparseAdam failed"),

@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.ops.provenance import track_provenance
 from torch import nn
 
 from pyro_vae import (
@@ -248,15 +249,164 @@ def test_batch_norm_statistics_are_those_of_eager_pyro(float64):
     assert kept[0][1] == kept[1][1] == STEPS
 
 
-@pytest.mark.parametrize("optim", ["SGD", "AdamW", "ClippedAdam"])
-def test_optimisers(float64, optim):
-    optim = getattr(pyro.optim, optim)({"lr": 0.01})
+def per_parameter(name):
+    return {"lr": 0.03 if name.startswith("decoder") else 0.01, "weight_decay": 0.1}
+
+
+OPTIMISERS = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.99)}),
+    "Adam, amsgrad": lambda: pyro.optim.Adam({"lr": 0.01, "amsgrad": True}),
+    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.01}),
+    "SGD": lambda: pyro.optim.SGD({"lr": 0.01, "momentum": 0.9}),
+    "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.01}),
+    "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "clip_norm": 0.2, "lrd": 0.9, "weight_decay": 0.1}),
+    "ClippedAdam, centred": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "centered_variance": True}),
+    "AdagradRMSProp": lambda: pyro.optim.AdagradRMSProp({"eta": 0.1}),
+    "clip_norm": lambda: pyro.optim.SGD({"lr": 0.01}, {"clip_norm": 0.5}),
+    "clip_value": lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_value": 0.01}),
+    "clip by name": lambda: pyro.optim.SGD({"lr": 0.01}, lambda module, name: {"clip_norm": 0.1 * len(name)}),
+    "by name": lambda: pyro.optim.Adam(per_parameter),
+    "by name, SGD": lambda: pyro.optim.SGD(per_parameter),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_optimisers(float64, make):
     x, program = binary(), of(make_vae())
-    expected, parameters, _ = run(SVI, program, ELBO(), x, copy.deepcopy(optim))
-    found, ours, _ = run(FastSVI, program, ELBO(), x, optim, backend="replay")
+    expected, parameters, _ = run(SVI, program, ELBO(), x, make())
+    found, ours, _ = run(FastSVI, program, ELBO(), x, make(), backend="replay")
     assert found == pytest.approx(expected, abs=1e-9)
     for name in ours:
         torch.testing.assert_close(ours[name], parameters[name], rtol=0, atol=1e-10)
+
+
+def scheduler():
+    return pyro.optim.StepLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "step_size": 2, "gamma": 0.3}, {"clip_norm": 5.0}
+    )
+
+
+def on_plateau():
+    return pyro.optim.ReduceLROnPlateau(
+        {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.01}, "patience": 0, "factor": 0.1}
+    )
+
+
+@pytest.mark.parametrize("make", [scheduler, on_plateau])
+def test_schedulers(float64, make):
+    """The user steps the scheduler, as with SVI."""
+    x, program, kept = binary(), of(make_vae()), []
+    for svi_class, settings in ((SVI, {}), (FastSVI, {"backend": "replay"})):
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        optim = make()
+        svi = svi_class(*program(), optim, ELBO(), **settings)
+        losses = []
+        for _ in range(12):
+            losses.append(svi.step(x))
+            optim.step(*([losses[-1]] if make is on_plateau else []))
+        kept.append(losses)
+    assert kept[1] == pytest.approx(kept[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["Adam", "ClippedAdam", "by name", "SGD", "StepLR"])
+def test_the_state_of_an_optimiser_goes_from_one_svi_to_the_other(float64, name):
+    """Eager Pyro writes it and the captured step goes on with it, and the other way round, as if nothing had been."""
+    x, vae = binary(), make_vae()
+    make = OPTIMISERS.get(name, scheduler)
+
+    def steps(svi_class, vae, optim, n, **settings):
+        svi = svi_class(vae.model, vae.guide, optim, ELBO(), **settings)
+        return [svi.step(x) for _ in range(n)]
+
+    losses = []
+    for first, then in ((SVI, SVI), (SVI, FastSVI), (FastSVI, SVI)):
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        twin, optim = copy.deepcopy(vae), make()
+        steps(first, twin, optim, 5, **({"backend": "replay"} if first is FastSVI else {}))
+        other = make()
+        other.set_state(copy.deepcopy(optim.get_state()))
+        losses.append(steps(then, twin, other, 5, **({"backend": "replay"} if then is FastSVI else {})))
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], abs=1e-9)
+
+
+def wake_sleep():
+    vae = make_vae()
+
+    def guide(x, observations=None):
+        return vae.guide(x)
+
+    return vae.model, guide
+
+
+def test_a_tuple_of_losses(float64):
+    objective = pyro.infer.ReweightedWakeSleep(num_particles=3, max_plate_nesting=1)
+    torch.manual_seed(1)
+    pair, x = wake_sleep(), binary()
+    found, _, svi = run(FastSVI, lambda: copy.deepcopy(pair), objective, x, backend="replay")
+    assert "replayed" in svi.explain() and isinstance(found[-1], tuple) and len(found[-1]) == 2
+    expected, _, _ = run(SVI, lambda: copy.deepcopy(pair), objective, x)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-9)
+    assert isinstance(svi.evaluate_loss(x), tuple)
+
+
+def test_a_loss_that_is_a_function(float64):
+    def loss(model, guide, x):
+        return Trace_ELBO().differentiable_loss(model, guide, x) / len(x)
+
+    program, x = of(make_vae()), binary()
+    expected, _, _ = run(SVI, program, loss, x)
+    found, _, svi = run(FastSVI, program, loss, x, backend="replay")
+    assert found == pytest.approx(expected, abs=1e-9) and "replayed" in svi.explain()
+
+
+def test_tensors_anywhere_in_the_arguments(float64):
+    vae, x = make_vae(), binary()
+    seen = []
+
+    def model(rows, *, weights):
+        seen.append(1)
+        with poutine.scale(scale=weights["all"]):
+            return vae.model(rows[0])
+
+    svi = FastSVI(
+        model, lambda rows, weights: vae.guide(rows[0]), pyro.optim.SGD({"lr": 0.0}), ELBO(), backend="replay"
+    )
+    for scale in (1.0, 2.0, 3.0):
+        torch.manual_seed(5)
+        loss = svi.step([x], weights={"all": torch.tensor(scale)})
+        torch.manual_seed(5)
+        guide_scaled = ELBO().loss(vae.model, vae.guide, x)
+        count = len(seen)
+    assert "replayed" in svi.explain() and count < 10 and loss != pytest.approx(guide_scaled.item())
+    before = len(seen)
+    svi.step([x], weights={"all": torch.tensor(4.0)})
+    assert len(seen) == before  # replayed
+
+
+def test_numbers_that_change_each_step_are_told():
+    vae, x = make_vae(), binary()
+
+    def model(x, beta):
+        with poutine.scale(scale=beta):
+            return vae.model(x)
+
+    svi = FastSVI(model, lambda x, beta: vae.guide(x), pyro.optim.SGD({"lr": 0.0}), Trace_ELBO(), backend="replay")
+    with pytest.warns(RuntimeWarning, match="pass them as tensors"):
+        for step in range(25):
+            svi.step(x, 0.1 + step / 100)
+
+
+def test_a_parameter_without_gradient_is_left_alone(float64):
+    """As eager Pyro does: weight decay would move it."""
+    vae = make_vae()
+    vae.decoder.idle = nn.Parameter(torch.ones(3))
+    program = of(vae)
+    _, parameters, _ = run(FastSVI, program, ELBO(), binary(), pyro.optim.AdamW({"lr": 0.01}), backend="replay")
+    idle = next(value for name, value in parameters.items() if name.endswith("idle"))
+    assert torch.equal(idle, torch.ones(3))
 
 
 # ------------------------------------------------------------------------------------------------- what stays eager
@@ -310,9 +460,77 @@ def test_a_captured_step_that_differs_is_refused(float64):
 
 def test_optimisers_that_cannot_be_one_are_refused():
     vae = make_vae()
-    for optim in (pyro.optim.Adam(lambda name: {"lr": 0.1}), pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0})):
-        with pytest.raises(ValueError, match="one dictionary of arguments and no clipping"):
-            FastSVI(vae.model, vae.guide, optim, ELBO())
+    with pytest.raises(ValueError, match="one gradient a step, found LBFGS"):
+        FastSVI(vae.model, vae.guide, pyro.optim.PyroOptim(torch.optim.LBFGS, {"lr": 0.1}), ELBO())
+    with pytest.raises(TypeError, match=r"expected a pyro\.optim optimiser or a function"):
+        FastSVI(vae.model, vae.guide, "Adam", ELBO())
+    with pytest.raises(ValueError, match="by parameter name, which is known to SVI only: use FastSVI"):
+        fit(vae, binary(), epochs=1, optimizer=pyro.optim.Adam(per_parameter))
+
+
+# ------------------------------------------------------------------------------------------------- constants
+
+
+def constant_step(finish):
+    """A step whose result passes through ``finish``."""
+    vae = make_vae()
+
+    def function(x):
+        loss = ELBO().differentiable_loss(vae.model, vae.guide, x)
+        loss.backward()
+        return finish(loss.detach())
+
+    return CompiledStep(function, list(vae.parameters()), vae, warm=0, backend="replay")
+
+
+@pytest.mark.parametrize(
+    ("finish", "what"),
+    [
+        (lambda loss: track_provenance(loss, frozenset({"z"})), "the loss is a constant in the captured graph"),
+        (lambda loss: (loss, track_provenance(2 * loss, frozenset("z"))), "value 1 of the loss is a constant"),
+        (lambda loss: torch.from_numpy(loss.numpy().copy()) * 2, "the loss (is a constant|of the captured step)"),
+    ],
+    ids=["provenance", "in a tuple", "NumPy"],
+)
+def test_a_constant_result_is_refused(float64, finish, what):
+    """Compared on the same noise it is right; each later step would show the numbers of the first one."""
+    step = constant_step(finish)
+    x, losses = binary(), []
+    with pytest.warns(RuntimeWarning, match=what), pyro.validation_enabled(False):
+        losses += [torch.as_tensor(step(x)).flatten()[0] for _ in range(3)]
+    assert len(set(map(float, losses))) == 3
+
+
+def test_a_constant_within_is_refused(float64):
+    """The loss depends on the parameters, but one factor was recorded as it was for the first data."""
+    vae = make_vae()
+
+    def function(x):
+        weight = torch.from_numpy(x.numpy().mean(keepdims=True))
+        loss = weight * ELBO().differentiable_loss(vae.model, vae.guide, x) * x.new_tensor(x.numpy()[0, 0] + 1)
+        loss.backward()
+        return loss.detach()
+
+    step = CompiledStep(function, list(vae.parameters()), vae, warm=0, backend="replay")
+    x = binary()
+    x[:, 0] = torch.tensor([0.0, 1, 1, 0, 1])
+    with pytest.warns(RuntimeWarning, match="differs from eager Pyro by .* once noise, parameters or data are others"):
+        step(x)
+
+
+def test_what_is_constant_by_right_is_captured(float64):
+    """Numbers, data that a program closes over, and gradients that are the same each step."""
+    data, weight = torch.randn(E), torch.randn(E, requires_grad=True)
+
+    def function(x):
+        loss = (weight * data).sum() + 0 * x.sum()
+        loss.backward()
+        return loss.detach(), torch.tensor(100.0), data.sum() + 0 * loss.detach()
+
+    step = CompiledStep(function, [weight], nn.Module(), warm=0, backend="replay")
+    assert step(binary())[1] == 100.0
+    assert "replayed" in step.explain()
+    torch.testing.assert_close(weight.grad, data)
 
 
 # ------------------------------------------------------------------------------------------------- state

@@ -39,8 +39,17 @@ x = torch.ones(B, E)
         (make(), x.long(), "x is a tensor of torch.int64, expected a floating-point tensor"),
         (make(), x[0], r"x has shape \(7,\), expected \[B, \*E\] with B >= 1: a single example is x.unsqueeze\(0\)"),
         (make(), x[:0], r"x has shape \(0, 7\), expected"),
-        (make(), x.clone().fill_diagonal_(math.nan), "x has 5 values that are NaN or infinite.*clean or mask them"),
-        (make(), x / 0, "x has 35 values that are NaN or infinite"),
+        (
+            make(),
+            x.clone().fill_diagonal_(math.nan),
+            r"x has 5 values that are NaN, expected finite numbers: fill .* wrap the likelihood in likelihoods.Masked",
+        ),
+        (
+            make(decoder=Decoder(Mlp(D, 4, E), likelihoods.Masked(likelihoods.Bernoulli()))),
+            x.clone().fill_diagonal_(math.nan),
+            r"encoder\(x\) is NaN where x has missing numbers \(NaN\): let its network begin with missing.FillMissing",
+        ),
+        (make(), x / 0, "x has 35 infinite values, expected finite ones: clean the data"),
         # no Pyro distribution
         (
             make(prior=lambda: torch.distributions.Normal(torch.zeros(D), 1.0)),

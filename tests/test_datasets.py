@@ -345,7 +345,7 @@ def test_a_torchvision_that_does_not_import_is_one_clear_line(tmp_path, monkeypa
 
 
 def test_an_unknown_policy_is_refused(tmp_path):
-    line = "expected binarization to be one of grey, static, dynamic, found 'gray': "
+    line = "expected binarization to be one of grey, static, dynamic, levels, found 'gray': "
     with pytest.raises(ValueError, match=line):
         MNIST(str(tmp_path), "gray")
 
@@ -458,8 +458,8 @@ def test_one_picture_is_not_enough(tmp_path):
     ("changed", "line"),
     [
         ({"size": 0}, "expected size to be a whole number of at least 1, found 0"),
-        ({"channels": 2}, "expected channels to be one of 1, 3, found 2"),
-        ({"binarization": "none"}, "expected binarization to be one of grey, static, dynamic, found 'none'"),
+        ({"channels": 2}, "expected channels to be one of 1, 3, None, found 2"),
+        ({"binarization": "none"}, "expected binarization to be one of grey, static, dynamic, levels, found 'none'"),
     ],
 )
 def test_image_folder_refuses_arguments(tmp_path, changed, line):
@@ -582,7 +582,7 @@ def test_an_object_array_in_an_npz_is_refused_only_where_it_is_wanted(tmp_path):
 
 
 def test_byte_counts_need_a_policy(tmp_path):
-    with pytest.raises(ValueError, match=r"found bytes up to 16: choose binarization=grey, static or dynamic"):
+    with pytest.raises(ValueError, match=r"found bytes up to 16: choose binarization=grey, static, dynamic or levels"):
         ArrayFile(saved(tmp_path, np.arange(17, dtype=np.uint8)[:, None]))
 
 
@@ -596,7 +596,7 @@ def test_floats_outside_grey_need_no_policy(tmp_path):
         ArrayFile(saved(tmp_path, np.array([[0.5], [3.0]])), binarization="dynamic")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+@pytest.mark.parametrize("bad", [np.inf, 1e300])
 def test_values_that_float32_cannot_hold_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="expected finite float32 values"):
         ArrayFile(saved(tmp_path, np.array([[0.5], [bad]])))
@@ -683,8 +683,10 @@ def test_table_takes_another_delimiter(tmp_path):
     ("text", "line"),
     [
         ("a,b\n1,2\n3,x\n", "expected a finite number, found 'x' in .* line 3, column 'b'"),
-        ("a,b\n1,2\n,4\n", "expected a finite number, found '' in .* line 3, column 'a'"),
-        ("a,b\n1,nan\n3,4\n", "found 'nan' in .* line 2, column 'b'"),
+        ("a,b\n1,NaNa\n3,4\n", "found 'NaNa' in .* line 2, column 'b': correct it, leave it empty where it is missing"),
+        ("a,b\n1,\n3,\n5,\n", "expected values in column 'b' of .*, found none: remove the column"),
+        ("a,b\n1,x\n2,x\n3,x\n", "expected columns that vary, found column 'b' of .* constant"),
+        ("a,b\n" + "".join(f"{i},t{i}\n" for i in range(30)), "found 30 different texts: remove .*kinds={'b': 'categ"),
         ("a,b\n1,2\n-inf,4\n", "found '-inf' in .* line 3, column 'a'"),
         ("a,b\n1,2\n\n3\n", "expected 2 cells, found 1 in .* line 4"),
         ("1,2\n3,4\n5,6\n", "expected a header row of different names in .*, found '1', '2'"),
@@ -705,7 +707,7 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, text, line):
     [
         ("a,b\n1,2\n3,4\n", "c", "expected a column 'c' in .*, found 'a', 'b'"),
         ("a,b\n1,2\n3,\n", "b", "expected a label, found '' in .* line 3, column 'b'"),
-        ("b\nx\ny\n", "b", "expected numeric columns beside 'b'"),
+        ("b\nx\ny\n", "b", "expected columns beside 'b'"),
     ],
 )
 def test_a_label_column_that_does_not_fit_is_refused(tmp_path, text, label, line):
@@ -773,3 +775,58 @@ def test_linear_gaussian_data_refuses_arguments(changed, line):
 def test_log_evidence_refuses_another_width():
     with pytest.raises(ValueError, match=r"expected x of shape \[B, 7\], found \[5, 3\]"):
         LinearGaussianData().log_evidence(torch.zeros(5, 3))
+
+
+# --- levels, colour, gaps
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_levels_are_the_bytes_themselves(tmp_path, name):
+    train, _, test, _ = write_idx(tmp_path, name)
+    data = SETS[name](str(tmp_path), "levels")
+    assert data.train.dtype == torch.uint8 and data.test.dtype == torch.float32
+    assert torch.equal(data.prepare(data.train), train[:, None].float()) and torch.equal(
+        data.test, test[:, None].float()
+    )
+    assert data.natural_likelihood == ("pixels.DiscretizedLogistic", {})
+    assert data.policy == f"{name}, levels 0..255 (bytes as they are), 11 train / 5 test"
+
+
+def test_levels_of_arrays_and_folders(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 4, 3), dtype=np.uint8)
+    data = ArrayFile(saved(tmp_path, pixels), binarization="levels")
+    x = torch.cat([data.prepare(data.train), data.test])
+    assert rows_of(x) == rows_of(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())
+    with pytest.raises(ValueError, match=r"expected bytes 0..255 \(uint8\) in .*, found torch.float32"):
+        ArrayFile(saved(tmp_path, np.random.default_rng(0).random((9, 4))), binarization="levels")
+    for i in range(4):
+        picture(tmp_path / "p" / f"{i}.png", seed=i)
+    assert ImageFolder(str(tmp_path / "p"), 4, binarization="levels").test.max() > 1
+
+
+def test_colour_is_seen_and_grey_stays_one_channel(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "grey" / f"{i}.png", (9, 6), seed=i)
+        shade = np.random.default_rng(i).integers(0, 256, (9, 6, 1), dtype=np.uint8)
+        Image.fromarray(shade.repeat(3, 2)).save(tmp_path / "grey" / f"rgb{i}.png")  # grey, stored as RGB
+    assert ImageFolder(str(tmp_path / "grey"), 4).event_shape == (1, 4, 4)
+    one = ImageFolder(str(tmp_path / "grey"), 4, channels=1)
+    assert torch.equal(one.train, ImageFolder(str(tmp_path / "grey"), 4).train)
+    picture(tmp_path / "grey" / "colour.png", seed=9)
+    mixed = ImageFolder(str(tmp_path / "grey"), 4)
+    assert mixed.event_shape == (3, 4, 4) and "3x4x4" in mixed.policy
+    assert ImageFolder(str(tmp_path / "grey"), 4, channels=1).event_shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "inside"), [([0.0, 1.0], "Bernoulli"), ([0.2, 0.9], "ContinuousBernoulli"), ([-3.0, 2.0], "Normal")]
+)
+def test_nan_in_an_array_is_missing(tmp_path, values, inside):
+    rows = np.array([[values[0], np.nan], [values[1], values[0]], [np.nan, values[1]]])
+    data = ArrayFile(saved(tmp_path, rows))
+    assert data.natural_likelihood == ("Masked", {"likelihood": (inside, {})})
+    assert "2 of 6 values missing (NaN)" in data.policy
+    with pytest.raises(ValueError, match=r"expected grey values in \[0, 1\], found (nan|-3)"):
+        ArrayFile(saved(tmp_path, rows), binarization="grey")
+    with pytest.raises(ValueError, match=r"expected numbers in .*, found only NaN"):
+        ArrayFile(saved(tmp_path, np.full((3, 2), np.nan)))

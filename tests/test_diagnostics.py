@@ -9,8 +9,8 @@ from pyro import distributions as dist
 from torch import nn
 
 from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, FullNormal, MixtureOfNormals, Mlp, StandardNormal
-from pyro_vae.diagnostics import active_units, kl_per_dimension
-from pyro_vae.estimates import elbo_terms
+from pyro_vae.diagnostics import Health, active_units, health, kl_per_dimension, rate_distortion
+from pyro_vae.estimates import Difference, Estimate, elbo_terms
 from pyro_vae.exact import LinearGaussian
 
 K, B, D, E = 3, 5, 4, 7
@@ -123,7 +123,7 @@ def test_active_units_need_a_mean_only():
 @pytest.mark.parametrize(
     ("prior", "encoder", "message"),
     [
-        (lambda: MixtureOfNormals(D, num_components=3), lambda: None, r"found prior\(\) of type MixtureSameFamily"),
+        (lambda: MixtureOfNormals(D, num_components=3), lambda: None, r"found prior\(\) of type Mixture"),
         (lambda: None, lambda: FullNormal(Mlp(E, 6, FullNormal.num_outputs(D))), r"found encoder\(x\) of type Multi"),
     ],
     ids=["mixture prior", "full normal"],
@@ -133,7 +133,11 @@ def test_kl_per_dimension_refuses_what_does_not_factorise(prior, encoder, messag
         kl_per_dimension(digits_vae(prior(), encoder()), binary())
 
 
-@pytest.mark.parametrize("diagnostic", [kl_per_dimension, active_units])
+def use_of_code(vae, x, batch_size=1000):
+    return health(vae, x, batch_size=batch_size).use_of_code.values
+
+
+@pytest.mark.parametrize("diagnostic", [kl_per_dimension, active_units, use_of_code])
 def test_nothing_is_changed(diagnostic):
     encoder = nn.Sequential(nn.Linear(E, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2 * D))
     vae, x = digits_vae(encoder=DiagonalNormal(encoder)), binary(50)
@@ -146,3 +150,107 @@ def test_nothing_is_changed(diagnostic):
     assert flags == [part.training for part in vae.modules()]
     assert torch.equal(state, torch.get_rng_state())
     assert list(pyro.get_param_store()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ health
+
+
+def test_rate_and_distortion_are_the_terms():
+    vae, x = digits_vae(), binary(50)
+    rate, distortion = rate_distortion(vae, x, K, policy="bits")
+    terms = elbo_terms(vae, x, K)
+    torch.testing.assert_close(rate.values, terms["kl"].values)
+    torch.testing.assert_close(-rate.values - distortion.values, terms["elbo"].values)
+    assert (rate.name, distortion.name, rate.policy, distortion.policy) == ("rate", "distortion", "bits", "bits")
+    assert distortion.errors.equal(terms["log_px"].errors)
+
+
+def test_a_working_model_is_healthy():
+    x = data_of_known_covariance()
+    found = health(principal_components(x), x)
+    assert found.warnings == [] and str(found).startswith("healthy")
+    assert found.use_of_code.mean > 4 * found.use_of_code.standard_error
+    terms = elbo_terms(principal_components(x), x, 20)["kl"]
+    assert abs(found.kl.mean - terms.mean) < 4 * math.hypot(found.kl.standard_error, terms.standard_error)
+
+
+def test_use_of_the_code_is_the_loss_with_anothers():
+    """Exactly: a decoder of unit scale that copies z, a posterior that copies x, and so x scored against another x."""
+
+    class Copy(nn.Module):
+        def forward(self, z):
+            return dist.Normal(z, 1.0).to_event(1)
+
+    class Point(nn.Module):
+        def forward(self, x):
+            return dist.Normal(x, 1e-9).to_event(1)
+
+    x = torch.randn(400, D)
+    found = health(VAE(StandardNormal(D), Copy(), Point()), x, batch_size=150)
+    values = found.use_of_code.values
+    pairs = 0.5 * torch.cdist(x, x) ** 2
+    matches = (pairs - values.unsqueeze(1)).abs() < 1e-5
+    matches.fill_diagonal_(False)
+    assert matches.any(1).all(), "each was scored against one other"
+    assert len(set(matches.double().argmax(1).tolist())) > 390, "and each other once"
+
+
+def test_posterior_collapse_is_called_so():
+    vae, x = digits_vae(), binary(60)
+    nn.init.zeros_(vae.encoder.net[-1].weight), nn.init.zeros_(vae.encoder.net[-1].bias)
+    found = health(vae, x)
+    assert found.collapsed and found.warnings[0].startswith("posterior collapse: KL = 0.00 ± 0.00 nats")
+    assert "raise beta slowly" in str(found)
+
+
+def test_a_dead_decoder_is_called_so():
+    """A narrow layer of rectifiers behind z that never fires: every output is the average of the data."""
+    decoder = nn.Sequential(nn.Linear(D, 3), nn.ReLU(), nn.Linear(3, E))
+    nn.init.constant_(decoder[0].bias, -100.0)
+    vae = VAE(StandardNormal(D), Decoder(decoder, Bernoulli()), DiagonalNormal(Mlp(E, 6, 2 * D)))
+    nn.init.constant_(vae.encoder.net[-1].bias, 1.0)
+    found = health(vae, binary(60))
+    assert found.ignores_code and not found.collapsed
+    assert found.dead_units["decoder.net.1"] == 1
+    assert found.warnings[0].startswith("dead decoder: another example's code serves as well (0.00 ± 0.00 nats worse,")
+    assert "dead units: more than half of the ReLUs of decoder.net.1 (100 %)" in found.warnings[1]
+    assert not decoder[1]._forward_hooks
+
+
+def test_dead_units_are_counted():
+    decoder = nn.Sequential(nn.Linear(D, 4), nn.ReLU(), nn.Linear(4, E))
+    with torch.no_grad():
+        decoder[0].bias[:] = torch.tensor([-100.0, 100.0, 100.0, -100.0])
+    vae = VAE(StandardNormal(D), Decoder(decoder, Bernoulli()), DiagonalNormal(Mlp(E, 2 * D)))
+    assert health(vae, binary(60)).dead_units == {"decoder.net.1": 0.5}
+
+
+def test_mostly_inactive_and_diverged_models():
+    x = data_of_known_covariance()
+    vae = principal_components(x)
+    with torch.no_grad():
+        for d in (1, 2, 3):
+            vae.encoder.net.weight[d], vae.encoder.net.bias[d] = 0, 0
+            vae.encoder.net.weight[D + d], vae.encoder.net.bias[D + d] = 0, 0
+    assert "only 1 of 4 latent dimensions are active" in health(vae, x).warnings[0]
+    with torch.no_grad():
+        vae.decoder.net.weight[0, 0] = math.nan
+    found = health(vae, x)
+    assert found.warnings == [
+        "diverged: decoder.net.weight hold NaN or infinite values; lower the learning rate and train again."
+    ]
+    with pytest.raises(ValueError, match="expected at least two examples, found 1"):
+        health(vae, x[:1])
+
+
+def test_few_examples_raise_no_false_alarm():
+    """A code of some use is not called dead for want of examples."""
+    kl = Estimate("KL", torch.full((4,), 2.0), 1)
+    for values, dead in (
+        ([3.0, -1.0, 2.0, -2.0], False),
+        ([0.0, 0.02, 0.01, 0.0], True),
+        ([9.0, 8.0, 9.0, 7.0], False),
+        ([1.0, 1.0, 1.0, 1.01], False),
+    ):
+        found = Health(kl, Difference("use of the code", torch.tensor(values)), None, {}, ())
+        assert found.ignores_code == dead == bool(found.warnings)

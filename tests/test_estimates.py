@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import nn
 
 import pyro_vae.estimates
@@ -26,7 +27,9 @@ from pyro_vae import (
     elbo_terms,
     encoders,
     log_evidence,
+    tails,
 )
+from pyro_vae.estimates import log_weights, paired_difference
 from pyro_vae.exact import LinearGaussian
 
 K, B, D, E = 3, 5, 2, 7
@@ -201,7 +204,7 @@ def test_standard_error_and_text():
         "num_examples": 4,
         "units": "nats per example",
         "policy": "static binarisation",
-    }
+    }, "what is unknown is left out"
     assert json.loads(json.dumps(estimate.summary()))["num_examples"] == 4
 
 
@@ -302,6 +305,156 @@ def test_parameters_of_the_store_are_used():
     torch.testing.assert_close(elbo(Conjugate(), x, K).values, exact.expand(B))
 
 
+# --------------------------------------------------------------------------------------- errors, weights, warnings
+
+
+def normal_kolmogorov(scores):
+    """The p-value of Kolmogorov and Smirnov's test for a standard normal."""
+    return kstest(scores.numpy(), "norm").pvalue
+
+
+@pytest.mark.parametrize("estimator", [elbo, log_evidence])
+def test_monte_carlo_errors_are_right(estimator):
+    """z-scores of 200 repeated estimates are standard normal: mean, variance and the whole distribution."""
+    lg, x = linear_gaussian(), data(10)
+    vae = lg.as_vae(diagonal=True)
+    exact = exact_elbo(lg, x) if estimator is elbo else lg.log_evidence(x)
+    scores = []
+    for seed in range(200):
+        found = estimator(vae, x, 300, seed=seed)
+        scores.append((found.mean - exact.mean().item()) / found.monte_carlo_error)
+        if seed == 0:
+            assert found.data_error**2 + found.monte_carlo_error**2 == pytest.approx(found.standard_error**2)
+            assert found.monte_carlo_error < 0.1 * found.data_error
+    scores = torch.tensor(scores)
+    assert abs(scores.mean()) < 4 / math.sqrt(200)
+    assert abs(scores.var() - 1) < 4 * math.sqrt(2 / 200)
+    assert normal_kolmogorov(scores) > 1e-3
+
+
+def test_whole_errors_are_right():
+    """And those of 200 fresh test sets, against the expectation over x: the error that is printed."""
+    lg = linear_gaussian()
+    vae = lg.as_vae(diagonal=True)
+    covariance = lg.weight @ lg.weight.T + lg.scale**2 * torch.eye(E)
+    entropy = torch.distributions.MultivariateNormal(lg.loc, covariance).entropy()
+    scores = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x = vae.sample(60).detach()
+        found = elbo(vae, x, 5, seed=seed)
+        scores.append((found.mean + entropy.item() + lg.diagonal_gap()) / found.standard_error)
+    scores = torch.tensor(scores)
+    assert abs(scores.mean()) < 4 / math.sqrt(200)
+    assert abs(scores.var() - 1) < 4 * math.sqrt(2 / 200) + 0.1  # sixty examples: Student's t, not normal
+    assert normal_kolmogorov(scores) > 1e-3
+
+
+def test_errors_of_each_example():
+    """The errors claimed are those seen over 400 copies of one example."""
+    lg, x = linear_gaussian(), data(1).expand(400, E)
+    vae = lg.as_vae(diagonal=True)
+    for found in (log_evidence(vae, x, 200), *elbo_terms(vae, x, 200).values()):
+        seen = found.values.std()
+        assert abs(found.errors.square().mean().sqrt() - seen) < 4 * seen / math.sqrt(2 * 400), found.name
+    assert elbo(vae, x, 1).errors is None and log_evidence(vae, x, 1).errors is None
+    assert math.isnan(elbo(vae, x, 1).monte_carlo_error)
+
+
+def test_weights_are_summarised_for_each_example():
+    lg, x = linear_gaussian(), data(70)
+    vae = lg.as_vae(diagonal=True)
+    log_w = log_weights(vae, x, 100)
+    assert log_w.shape == (100, 70)
+    for max_elements in (2**22, 200 * E):
+        found = log_evidence(vae, x, 100, max_elements=max_elements)
+        again = log_weights(vae, x, 100, max_elements=max_elements)
+        torch.testing.assert_close(found.values, again.logsumexp(0) - math.log(100))
+        torch.testing.assert_close(found.effective_sample_size, tails.effective_sample_size(again))
+        torch.testing.assert_close(found.pareto_k, tails.pareto_k(again))
+        torch.testing.assert_close(found.errors, tails.standard_error_of_log_mean(again))
+    assert log_evidence(vae, x, 24).pareto_k is None
+    exact = log_evidence(lg.as_vae(), x, 100)
+    torch.testing.assert_close(exact.effective_sample_size, torch.full((70,), 100.0))
+    assert exact.warning == "" and exact.monte_carlo_error < 1e-12
+
+
+def test_a_guide_that_misses_is_said_to():
+    lg, x = linear_gaussian(), data(B)
+    vae = lg.as_vae(diagonal=True)
+    assert log_evidence(vae, x, 1000).warning == ""
+    vae.encoder.net.bias.data[D:] -= 2.0  # a seventh of the width
+    found = log_evidence(vae, x, 1000, policy="grey")
+    assert "K=1000 is too small for 5 of 5 examples (Pareto k > 0.67)" in found.warning
+    assert "raise num_particles or use annealed_log_evidence" in found.warning
+    assert str(found).endswith("(K=1000, n=5); K too small for 5 of them")
+    assert found.summary()["untrusted_examples"] == 5
+    assert (found.values < lg.log_evidence(x)).all()
+
+
+@pytest.mark.parametrize("max_elements", [13 * E, 64 * E, 2**22])
+def test_the_encoder_runs_once_for_each_example(max_elements):
+    vae, x, seen = linear_gaussian().as_vae(), data(70), []
+    hook = vae.encoder.net.register_forward_hook(lambda net, inputs, output: seen.append(len(inputs[0])))
+    log_evidence(vae, x, 7, max_elements=max_elements)
+    hook.remove()
+    assert sum(seen[1:]) == 70, "the first is check_vae's dry run"
+    vae.guide = types.MethodType(lambda self, x: VAE.guide(self, x), vae)  # a guide of one's own is run as it is
+    assert log_evidence(vae, x, K).num_examples == 70
+
+
+def test_a_guide_of_a_subclass_is_used():
+    class Wide(VAE):
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                return pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+
+    vae = linear_gaussian().as_vae()
+    wide = Wide(vae.prior, vae.decoder, vae.encoder)
+    assert log_evidence(wide, data(B), 50).effective_sample_size.max() < 40
+
+
+def test_bits_per_dim():
+    estimate = Estimate("log p(x)", torch.tensor([-10.0, -14.0]), 5, "levels", torch.tensor([0.3, 0.4]))
+    bits = estimate.bits_per_dim(4)
+    torch.testing.assert_close(bits.values, torch.tensor([10.0, 14.0]) / (4 * math.log(2)))
+    assert bits.mean == pytest.approx(3 / math.log(2)) and bits.units == "bits per dimension"
+    assert bits.standard_error == pytest.approx(estimate.standard_error / (4 * math.log(2)))
+    assert bits.monte_carlo_error == pytest.approx(0.25 / (4 * math.log(2)))
+    assert "bits per dimension" in str(bits) and bits.policy == "levels"
+    with pytest.raises(ValueError, match="expected nats and num_dims >= 1, found bits per dimension"):
+        bits.bits_per_dim(4)
+
+
+def test_paired_differences():
+    """The spread that two models share cancels: here all of it but 0.1."""
+    generator = torch.Generator().manual_seed(0)
+    shared, noise = torch.randn(2, 400, generator=generator)
+    a = Estimate("log p(x)", -80 + 10 * shared, 100, "static")
+    b = Estimate("log p(x)", -80 + 10 * shared - 0.02 + 0.1 * noise, 100, "static")
+    found = paired_difference(a, b)
+    assert found.standard_error == pytest.approx(0.1 / 20, rel=0.1)
+    assert abs(found.mean - 0.02) < 4 * found.standard_error
+    assert a.standard_error > 50 * found.standard_error
+    assert str(found).endswith("nats (paired, n=400)")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Estimate("ELBO", torch.zeros(3), 1, "dynamic"), "expected equal data policies, found 'static' and 'dynamic'"),
+        (Estimate("ELBO", torch.zeros(4), 1, "static"), "expected equal numbers of examples, found 3 and 4"),
+        (
+            Estimate("ELBO", torch.zeros(3), 1, "static", units="bits per dimension"),
+            "expected equal units, found 'nats' and 'bits per dimension'",
+        ),
+    ],
+)
+def test_numbers_about_different_data_are_not_compared(other, message):
+    with pytest.raises(ValueError, match=message):
+        paired_difference(Estimate("ELBO", torch.zeros(3), 1, "static"), other)
+
+
 # ----------------------------------------------------------------------------------------------------- refusals
 
 
@@ -337,7 +490,7 @@ def check_core(estimates):
     """Exact statements that pin the estimates down; `estimates` is the module or a mutant of it."""
     lg, x = linear_gaussian(), data(B)
     vae = lg.as_vae()
-    for max_elements in (3 * B * E, 2**22):
+    for max_elements in (2 * E, 3 * B * E, 2**22):
         for estimate in (estimates.log_evidence, estimates.elbo):
             values = estimate(vae, x, 7, max_elements=max_elements).values
             torch.testing.assert_close(values, lg.log_evidence(x), rtol=0, atol=1e-10)
@@ -353,6 +506,12 @@ def check_core(estimates):
     torch.testing.assert_close(found["elbo"].values, terms.log_w.mean(0))
     torch.testing.assert_close(estimates.log_evidence(vae, x, K).values, terms.log_w.logsumexp(0) - math.log(K))
     assert torch.equal(torch.get_rng_state(), state)
+    for name, draws in (("elbo", terms.log_w), ("log_px", terms.log_px), ("kl", terms.log_qz - terms.log_pz)):
+        torch.testing.assert_close(found[name].errors, draws.std(0) / math.sqrt(K))
+    weighed = estimates.log_evidence(vae, x, K)
+    torch.testing.assert_close(weighed.effective_sample_size, tails.effective_sample_size(terms.log_w))
+    torch.testing.assert_close(weighed.errors, tails.standard_error_of_log_mean(terms.log_w))
+    assert weighed.monte_carlo_error == pytest.approx((weighed.errors.square().sum().sqrt() / B).item())
     assert found["elbo"].num_particles == K
     assert found["elbo"].standard_error == pytest.approx(math.sqrt(found["elbo"].values.var() / B))
     assert found["elbo"].mean == pytest.approx(float(terms.log_w.mean()))
@@ -363,17 +522,23 @@ def test_core():
 
 
 MUTATIONS = [
-    ("terms.log_w.double().logsumexp(0)", "terms.log_w.double().mean(0)"),
-    ("terms.log_w.double().logsumexp(0)", "terms.log_w.double().exp().sum(0)"),
-    ("log_sum - math.log(num_particles)", "log_sum"),
-    ("torch.logaddexp(log_sum[rows], ", "torch.maximum(log_sum[rows], "),
-    ("terms.log_px.sum(0, dtype=torch.float64) / num_particles", "terms.log_px.sum(0, dtype=torch.float64)"),
-    ("terms.log_px.sum(0, dtype=torch.float64)", "terms.log_px.mean(0, dtype=torch.float64)"),
-    ("log_px[rows] +=", "log_px[rows] ="),
-    ("log_px - kl", "log_px + kl"),
-    ("(terms.log_qz - terms.log_pz)", "(terms.log_pz - terms.log_qz)"),
-    ("(terms.log_qz - terms.log_pz)", "(terms.log_qz)"),
-    ("self.values.std() / math.sqrt(len(self.values))", "self.values.std() / len(self.values)"),
+    ("log_w.logsumexp(0) - math.log(num_particles)", "log_w.mean(0)"),
+    ("log_w.logsumexp(0) - math.log(num_particles)", "log_w.logsumexp(0)"),
+    ("log_w = torch.cat(parts)", "log_w = torch.cat(parts[-2:])"),
+    ("                parts.clear()\n", ""),
+    ("means, squares = sums / num_particles", "means, squares = sums"),
+    ("sums[:, :, rows] +=", "sums[:, :, rows] ="),
+    ("torch.stack([terms.log_w, terms.log_px, terms.log_qz - terms.log_pz])", "torch.stack([terms.log_w] * 3)"),
+    ("terms.log_qz - terms.log_pz]", "terms.log_pz - terms.log_qz]"),
+    ("values.square().sum(1)", "values.sum(1)"),
+    ("/ (num_particles - 1)).sqrt()", "/ num_particles).sqrt()"),
+    ("errors[rows] = tails.standard_error_of_log_mean(log_w)", "errors[rows] = log_w.std(0)"),
+    ("sizes[rows] = tails.effective_sample_size(log_w)", "sizes[rows] = num_particles"),
+    (
+        "self.values.std() / math.sqrt(len(self.values))).item()\n\n    @property\n    def monte",
+        "self.values.std() / len(self.values)).item()\n\n    @property\n    def monte",
+    ),
+    ("square().sum().sqrt() / len(self.values)", "square().sum().sqrt()"),
     ("min(particles, num_particles - done)", "particles"),
     ("range(0, num_particles, particles)", "range(0, num_particles - particles, particles)"),
 ]
@@ -385,7 +550,7 @@ def test_a_mutation_turns_the_core_red(line, mutant):
     assert source.count(line) == 1, f"the mutated line moved: {line}"
     module = types.ModuleType("mutated_estimates")
     exec(compile(source.replace(line, mutant), "mutated_estimates.py", "exec"), module.__dict__)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):
         check_core(module)
 
 
@@ -408,7 +573,7 @@ def test_one_example_has_no_standard_error():
         (torch.ones(5, 8), ValueError, r"encoder\(x\) failed on an input of shape \(2, 8\)"),
         (torch.ones(7), ValueError, r"expected \[B, \*E\]"),
         (torch.ones(5, 7, dtype=torch.int64), TypeError, r"convert it with x.float\(\)"),
-        (torch.full((5, 7), torch.nan), ValueError, "NaN or infinite"),
+        (torch.full((5, 7), torch.nan), ValueError, "values that are NaN, expected"),
         (torch.full((5, 7), 0.5), ValueError, r"x has values outside \{0, 1\}"),
         (torch.ones(5, 7).numpy(), TypeError, "expected a floating-point tensor"),
     ],

@@ -18,6 +18,7 @@ from pyro_vae import (
     ContinuousBernoulli,
     Decoder,
     DiagonalNormal,
+    FullNormal,
     HeteroscedasticNormal,
     MixtureOfNormals,
     Mlp,
@@ -97,6 +98,26 @@ def test_the_exact_guide_is_the_posterior(default):
     log_w = draw(vae.model, vae.guide, x, num_particles=K).log_w
     torch.testing.assert_close(log_w, lg.log_evidence(x).expand(K, B), rtol=0, atol=1e-10)
     assert log_w.var(0).max() < 1e-20
+
+
+def test_the_full_normal_encoder_holds_the_exact_posterior():
+    """Where the diagonal one cannot: the columns of W are correlated, and so is z given x."""
+    lg, x = linear_gaussian(), noise(B, E)
+    posterior = lg.posterior(x)
+    factor = torch.linalg.cholesky(posterior.covariance_matrix[0])
+    assert factor[1, 0].abs() > 0.05
+    shift = lg.posterior(torch.zeros(1, E)).mean[0]
+    net = nn.Linear(E, D + D + 1)
+    with torch.no_grad():
+        net.weight.zero_()
+        net.weight[:D] = (lg.posterior(torch.eye(E)).mean - shift).mT
+        net.bias[:D], net.bias[D : 2 * D], net.bias[2 * D] = shift, factor.diagonal().log(), factor[1, 0]
+    exact = lg.as_vae()
+    vae = VAE(exact.prior, exact.decoder, FullNormal(net))
+    log_w = draw(vae.model, vae.guide, x, num_particles=K).log_w
+    torch.testing.assert_close(log_w, lg.log_evidence(x).expand(K, B), rtol=0, atol=1e-10)
+    gap = lg.log_evidence(x) - lg.elbo(x, posterior.mean, posterior.covariance_matrix[0].diagonal().diag())
+    assert (gap > 0.01).all()
 
 
 def test_the_diagonal_guide_has_the_gap():

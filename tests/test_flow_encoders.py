@@ -18,11 +18,14 @@ from pyro_vae import (
     Decoder,
     DiagonalNormal,
     FastSVI,
+    HouseholderFlow,
     LowRankNormal,
     Mlp,
     PlanarFlow,
     RadialFlow,
+    SplineFlow,
     StandardNormal,
+    SylvesterFlow,
     VampPrior,
     draw,
     encoders,
@@ -36,11 +39,22 @@ from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.testing import check_distribution, check_encoder
 
 K, B, D, E = 3, 5, 2, 7
+
+
+class AutoregressiveSplineFlow(SplineFlow):
+    def __init__(self, *sizes, **settings):
+        super().__init__(*sizes, **settings, kind="autoregressive")
+
+
 FLOWS = {
     PlanarFlow: ({"num_transforms": 3}, {}),
     RadialFlow: ({"num_transforms": 3}, {}),
     AutoregressiveFlow: ({"context_dim": 4}, {"num_transforms": 3, "hidden": 6}),
     CouplingFlow: ({"context_dim": 4}, {"num_transforms": 3, "hidden": 6}),
+    SplineFlow: ({"context_dim": 4}, {"num_transforms": 2, "hidden": 6}),
+    AutoregressiveSplineFlow: ({"context_dim": 4}, {"num_transforms": 1, "hidden": 6}),
+    HouseholderFlow: ({"num_transforms": 3}, {}),
+    SylvesterFlow: ({"num_transforms": 2, "num_reflections": 3}, {}),
 }
 every_flow = pytest.mark.parametrize("family", FLOWS)
 
@@ -49,6 +63,7 @@ def make(family, latent_dim=D, spread=0.0):
     counted, others = FLOWS[family]
     net = Mlp(E, 4, family.num_outputs(latent_dim, **counted), activation=nn.Tanh)
     encoder = family(net, latent_dim, **counted, **others)
+    spread = spread / 3 if issubclass(family, SplineFlow) else spread  # eight bins make narrow peaks of large numbers
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
@@ -62,7 +77,7 @@ def make_vae(family, spread=0.0):
 @every_flow
 @pytest.mark.parametrize("latent_dim", [1, 2, 3])
 def test_samples_what_it_scores(float64, family, latent_dim):
-    check_encoder(make(family, latent_dim, spread=0.4), torch.randn(K, E))
+    check_encoder(make(family, latent_dim, spread=0.4), torch.randn(2, E))
 
 
 @every_flow
@@ -176,6 +191,14 @@ def test_starts_as_the_diagonal_normal(float64, family):
     torch.testing.assert_close(q.mean.sort(-1)[0], h[:, :D].sort(-1)[0])  # the order of z turns round
 
 
+def test_a_spline_flow_starts_as_the_diagonal_normal_of_its_network(float64):
+    encoder, x, z = make(SplineFlow), torch.randn(B, E), torch.randn(K, B, D)
+    loc, log_scale, _ = encoder.net(x).split([D, D, 4], dim=-1)
+    expected = pyro.distributions.Normal(loc, log_scale.exp()).to_event(1)  # two maps: the halves are back in place
+    torch.testing.assert_close(encoder(x).log_prob(z), expected.log_prob(z))
+    torch.testing.assert_close(encoder(x).mean, loc)
+
+
 def test_masks(float64):
     """Outputs of number d do not move with the numbers from d on, but with each before it and the context."""
     net = MaskedMlp(4, 3, hidden=9, activation=nn.Tanh)
@@ -202,25 +225,28 @@ def test_fit_moves_every_parameter(family, objective):
 CAPTURED = [*FLOWS, LowRankNormal, encoders.Laplace, encoders.MixtureOfNormals, encoders.Delta]
 
 
-@pytest.mark.parametrize("family", CAPTURED)
-def test_a_step_can_be_captured(family):
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(f, (torch.float32, torch.float64)[i % 2]) for i, f in enumerate(CAPTURED)]
+)
+def test_a_step_can_be_captured(family, dtype):
     """One graph, without branches on values, that gives what the eager step gives."""
-    x, losses = torch.rand(B, E).round(), []
+    x, losses = torch.rand(B, E, dtype=dtype).round(), []
     for SVI_ in (SVI, lambda *a, **k: FastSVI(*a, **k, backend="replay")):
         pyro.clear_param_store()
         torch.manual_seed(1)
         encoder = make(family) if family in FLOWS else family(Mlp(E, 4, family.num_outputs(D)))
-        vae = VAE(StandardNormal(D), Decoder(Mlp(D, 6, E), Bernoulli()), encoder)
+        vae = VAE(StandardNormal(D), Decoder(Mlp(D, 6, E), Bernoulli()), encoder).to(dtype)
         svi = SVI_(vae.model, vae.guide, Adam({"lr": 0.01}), loss=ELBO(3))
         losses.append([float(svi.step(x)) for _ in range(4)])
     assert "eager, since" not in svi.explain()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @every_flow
 def test_vamp_prior_over_it(float64, family):
-    encoder = make(family, spread=0.4)
-    check_distribution(VampPrior(encoder, torch.randn(K, E))(), batch_shape=(), event_shape=(D,))
+    latent_dim = 1 if family in (AutoregressiveSplineFlow, SylvesterFlow) else D  # these are slow to invert
+    encoder = make(family, latent_dim, spread=0.4)
+    check_distribution(VampPrior(encoder, torch.randn(K, E))(), batch_shape=(), event_shape=(latent_dim,))
 
 
 def correlated():
@@ -229,7 +255,9 @@ def correlated():
     return LinearGaussian(weight, torch.zeros(4), scale=0.5)
 
 
-@pytest.mark.parametrize("family", [LowRankNormal, PlanarFlow, AutoregressiveFlow, CouplingFlow])
+@pytest.mark.parametrize(
+    "family", [LowRankNormal, PlanarFlow, AutoregressiveFlow, CouplingFlow, HouseholderFlow, SylvesterFlow]
+)
 def test_beats_the_diagonal_normal_on_a_correlated_posterior(float64, family):
     exact = correlated()
     x = torch.randn(64, D) @ exact.weight.T + exact.scale * torch.randn(64, 4)
@@ -247,7 +275,9 @@ def test_beats_the_diagonal_normal_on_a_correlated_posterior(float64, family):
         with torch.no_grad():
             return ELBO(200).bound(vae.model, vae.guide, x).mean().item()
 
-    options = {PlanarFlow: {"num_transforms": 4}, LowRankNormal: {}}.get(family, {"context_dim": 4})
+    counted = {PlanarFlow: 4, HouseholderFlow: 3, SylvesterFlow: 2}
+    options = {"num_transforms": counted[family]} if family in counted else {"context_dim": 4}
+    options = {} if family is LowRankNormal else options
     sizes = {} if family is LowRankNormal else {"latent_dim": D}
     net = nn.Linear(4, family.num_outputs(D, **options))
     diagonal = trained(DiagonalNormal(nn.Linear(4, 2 * D)))
@@ -257,6 +287,59 @@ def test_beats_the_diagonal_normal_on_a_correlated_posterior(float64, family):
     assert diagonal + 0.5 * exact.diagonal_gap() < richer < best + 0.02
 
 
+@pytest.mark.parametrize("latent_dim", [1, 3, 6])
+def test_householder_flow_is_a_normal_with_correlations(float64, latent_dim):
+    """Draws are H z_0: mean H m and covariance H diag(s^2) H^T, with H = H_T ... H_1 written out."""
+    q = make(HouseholderFlow, latent_dim, spread=0.5)(torch.randn(B, E))
+    h = torch.eye(latent_dim).expand(B, -1, -1)
+    for v in q.maps[0].normals:  # H_1 ... H_T as the map applies them
+        h = h @ (torch.eye(latent_dim) - 2 * v.unsqueeze(-1) * v.unsqueeze(-2))
+    loc, scale = q.base.base_dist.loc.unsqueeze(-1), torch.diag_embed(q.base.base_dist.scale)
+    expected = torch.distributions.MultivariateNormal((h @ loc).squeeze(-1), h @ scale**2 @ h.mT)
+    z = torch.randn(K, B, latent_dim)
+    torch.testing.assert_close(q.log_prob(z), expected.log_prob(z))
+    torch.testing.assert_close(q.mean, expected.mean)
+    torch.testing.assert_close(h @ h.mT, torch.eye(latent_dim).expand(B, -1, -1))
+
+
+def test_sylvester_inverse_at_the_border_of_invertibility():
+    """Diagonals as close to -1 and 1 as single precision has them, and large numbers above them."""
+    encoder = SylvesterFlow(nn.Identity(), 3, num_transforms=1, num_reflections=1)
+    dim, above = 3, 3
+    row = [*[0.0] * 2 * dim, 1.0, 0.5, 0.2, *[0.0] * dim, *[30.0] * dim, *[-30.0] * dim, *[2.0] * 2 * above]
+    q = encoder(torch.tensor([row]))
+    start = torch.cat([torch.zeros(1, 1, dim), q.base.sample((500,))])  # at 0 the map is flattest
+    z, log_det = q._forward(start)
+    assert torch.isfinite(log_det).all() and torch.isfinite(q.log_prob(z.clone())).all()
+    torch.testing.assert_close(q._forward(q._inverse(z)[0])[0], z, atol=1e-3, rtol=1e-3)
+
+
+def test_a_spline_flow_has_two_modes_where_an_affine_one_has_one(float64):
+    """The decoder sees z^2 only, so the posterior has both signs; log 2 nats are lost by a posterior with one."""
+    x = torch.full((40, 1), 1.5) + 0.2 * torch.randn(40, 1)
+
+    def square(z):
+        return pyro.distributions.Normal(z**2, 0.6).to_event(1)
+
+    gaps = {}
+    grid = torch.linspace(-4, 4, 4001).reshape(-1, 1, 1)
+    log_joint = StandardNormal(1)().log_prob(grid) + square(grid.expand(-1, 40, 1)).log_prob(x)
+    evidence = (log_joint.logsumexp(0) + math.log(8 / 4000)).mean()
+    for name, family, settings in (
+        ("spline", SplineFlow, {"num_transforms": 1}),
+        ("affine", CouplingFlow, {"num_transforms": 2}),
+    ):
+        torch.manual_seed(0)
+        encoder = family(nn.Linear(1, family.num_outputs(1, context_dim=4)), 1, hidden=8, context_dim=4, **settings)
+        for parameter in encoder.net.parameters():
+            nn.init.zeros_(parameter)  # in the middle: a posterior that starts at one of the modes stays there
+        vae = VAE(StandardNormal(1), square, encoder)
+        fit(vae, x, objective=ELBO(20), epochs=150, batch_size=40, lr=0.05)
+        with torch.no_grad():
+            gaps[name] = evidence - ELBO(500).bound(vae.model, vae.guide, x).mean()
+    assert -0.02 < gaps["spline"] < 0.06 and gaps["affine"] > 0.6
+
+
 @every_flow
 def test_state_dict_dtype_and_repr(family):
     one, two, x = make(family, spread=0.3), make(family, spread=0.3), torch.randn(B, E)
@@ -264,7 +347,7 @@ def test_state_dict_dtype_and_repr(family):
     two.load_state_dict(one.state_dict())
     z = torch.randn(K, B, D)
     torch.testing.assert_close(one(x).log_prob(z), two(x).log_prob(z))
-    assert repr(one).startswith(family.__name__) and "latent_dim=2, num_transforms=3" in repr(one)
+    assert repr(one).startswith(family.__name__) and "latent_dim=2, num_transforms=" in repr(one)
     q = one.to(torch.float64)(x.double())
     assert q.sample().dtype == q.log_prob(q.sample()).dtype == q.mean.dtype == torch.float64
 
@@ -277,6 +360,12 @@ def test_refusals(family):
         family(Mlp(E, 3), D, num_transforms=0)
     with pytest.raises(ValueError, match="expected latent_dim >= 1, found 0"):
         family(Mlp(E, 3), 0)
+    if family is SplineFlow:
+        with pytest.raises(ValueError, match="expected kind 'coupling' or 'autoregressive', found 'spline'"):
+            family(Mlp(E, 3), 2, kind="spline")
+    if family is SylvesterFlow:
+        with pytest.raises(ValueError, match="expected num_reflections >= 1, found 0"):
+            family(Mlp(E, 3), 2, num_reflections=0)
     q = make(family)(torch.zeros(B, E))
     with pytest.raises(ValueError, match="within the support"):
         q.log_prob(torch.full((B, D), math.nan))

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, fit, likelihoods
+from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, elbo, fit, likelihoods
 from pyro_vae.contracts import Likelihood, check_support
 from pyro_vae.testing import check_likelihood
 
@@ -21,6 +21,8 @@ MEMBERS = [
     likelihoods.ContinuousBernoulli,
     lambda **options: likelihoods.Binomial(16, **options),
     likelihoods.Normal,
+    likelihoods.OptimalNormal,
+    likelihoods.LogNormal,
     likelihoods.HeteroscedasticNormal,
     likelihoods.Laplace,
     likelihoods.StudentT,
@@ -225,6 +227,11 @@ def test_shapes_dtype_and_state(make):
         (likelihoods.Binomial(16), "Binomial(total_count=16, event_dim=1)"),
         (likelihoods.Normal(0.5), "Normal(scale=0.5, learn_scale=True, event_dim=1)"),
         (likelihoods.HeteroscedasticNormal(0.05), "HeteroscedasticNormal(min_scale=0.05, event_dim=1)"),
+        (
+            likelihoods.OptimalNormal(0.2),
+            "OptimalNormal(scale=1, momentum=0.2, min_scale=0.001, event_dim=1)",
+        ),
+        (likelihoods.LogNormal(0.05), "LogNormal(min_scale=0.05, event_dim=1)"),
         (likelihoods.Laplace(0.5), "Laplace(scale=0.5, learn_scale=True, event_dim=1)"),
         (likelihoods.StudentT(4.0, 0.5, False), "StudentT(df=4, scale=0.5, learn_scale=False, event_dim=1)"),
         (likelihoods.Beta(50.0), "Beta(max_concentration=50, event_dim=1)"),
@@ -249,6 +256,13 @@ def test_a_fixed_scale_is_no_parameter_but_is_saved():
         (lambda: likelihoods.Binomial(0), "expected total_count >= 1, found 0"),
         (lambda: likelihoods.Normal(0.0), "expected scale > 0, found 0.0"),
         (lambda: likelihoods.HeteroscedasticNormal(min_scale=-1.0), "expected min_scale > 0, found -1.0"),
+        (lambda: likelihoods.OptimalNormal(momentum=0.0), "expected momentum in .0, 1., found 0.0"),
+        (lambda: likelihoods.OptimalNormal(min_scale=0.0), "expected min_scale > 0, found 0.0"),
+        (lambda: likelihoods.LogNormal(0.0), "expected min_scale > 0, found 0.0"),
+        (
+            lambda: likelihoods.Masked(likelihoods.OptimalNormal()),
+            "found OptimalNormal, which looks at all of x at once",
+        ),
         (lambda: likelihoods.Laplace(-1.0), "expected scale > 0, found -1.0"),
         (lambda: likelihoods.StudentT(scale=0.0), "expected scale > 0, found 0.0"),
         (lambda: likelihoods.StudentT(1.0), "expected df > 1, found 1.0: with less, x has no mean"),
@@ -296,7 +310,7 @@ def _with_gaps(x):
     return x.masked_fill(torch.rand_like(x) < 0.3, math.nan)
 
 
-@pytest.mark.parametrize("make", MEMBERS[:-2])
+@pytest.mark.parametrize("make", [make for make in MEMBERS[:-2] if make is not likelihoods.OptimalNormal])
 def test_masked_scores_what_is_there_and_its_gradient_is_finite(float64, make):
     inner: Likelihood = make()
     h = torch.randn(K, B, E * inner.num_outputs, requires_grad=True)
@@ -320,13 +334,15 @@ def test_masked_still_refuses_what_is_there_and_wrong():
     p = likelihoods.Masked(likelihoods.Bernoulli())(torch.zeros(B, E))
     x = torch.full((B, E), math.nan)
     x[1, 2] = 0.37
-    with pytest.raises(ValueError, match=r"outside the support Boolean\(\) or NaN \(found 0.37\)"):
+    with pytest.raises(ValueError, match=r"outside \{0, 1\} or NaN \(found 0.37\): binarise it"):
         check_support(p, x)
     with pytest.raises(ValueError, match="within the support"):
         p.log_prob(x)
-    with pytest.raises(ValueError, match=r"or NaN \(found 0.37\)"):
+    with pytest.raises(ValueError, match=r"outside the integers 0..4 or NaN \(found 0.37\)"):
         check_support(likelihoods.Masked(likelihoods.Binomial(4))(torch.zeros(B, E)), x)
-    with pytest.raises(ValueError, match="found nan"):  # without the wrapper a gap is refused
+    with pytest.raises(
+        ValueError, match=r"NaN, expected finite numbers.*likelihoods.Masked"
+    ):  # without the wrapper a gap is refused
         check_support(likelihoods.Normal()(torch.zeros(B, E)), torch.full((B, E), math.nan))
 
 
@@ -351,3 +367,96 @@ def test_masked_refuses_a_joint_distribution():
 
     with pytest.raises(ValueError, match=r"independent numbers, found MultivariateNormal with event shape .7,."):
         likelihoods.Masked(Joint())(torch.zeros(B, E))
+
+
+# The optimal scale
+
+
+def _fitted(likelihood, x, epochs=100):
+    torch.manual_seed(0)
+    vae = VAE(StandardNormal(2), Decoder(Mlp(2, 16, E), likelihood), DiagonalNormal(Mlp(E, 16, 4)))
+    vae.decoder.start_at_data(x)
+    fit(vae, x, epochs=epochs, batch_size=64, lr=0.01)
+    return vae
+
+
+def test_optimal_scale_is_the_mean_squared_error_of_the_batch(float64):
+    h, x = torch.randn(K, B, E, requires_grad=True), torch.randn(B, E)
+    likelihood = likelihoods.OptimalNormal().double()
+    log_p = likelihood(h).log_prob(x)
+    mse = ((x - h) ** 2).mean()
+    assert torch.equal(likelihood.mean_square, mse.detach())
+    fixed = likelihoods.Normal(mse.sqrt().item(), learn_scale=False)(h).log_prob(x)
+    torch.testing.assert_close(log_p, fixed, rtol=1e-6, atol=1e-6)
+    for scale in (0.9, 1.1):  # no other scale scores higher
+        other = likelihoods.Normal(scale * mse.sqrt().item(), learn_scale=False)(h).log_prob(x)
+        assert other.sum() < log_p.sum()
+    # The envelope theorem: the gradient is that of the profile likelihood, in which the scale moves with h.
+    profile = -K * B * E / 2 * mse.log()
+    expected, found = (torch.autograd.grad(value.sum(), h)[0] for value in (profile, log_p))
+    torch.testing.assert_close(found, expected)
+
+
+def test_optimal_scale_in_evaluation_mode_is_the_running_one_and_looking_changes_nothing(float64):
+    likelihood, optima = likelihoods.OptimalNormal(momentum=0.25).double(), []
+    for i in range(6):
+        h, x = torch.randn(B, E), (i + 1) * torch.randn(B, E)
+        likelihood(h).log_prob(x)
+        optima.append(((x - h) ** 2).mean())
+    running = torch.stack(optima[:4]).mean()  # 1, 1/2, 1/3, 1/4, then 1/4 for each
+    for optimum in optima[4:]:
+        running = 0.75 * running + 0.25 * optimum
+    torch.testing.assert_close(likelihood.scale**2, running)
+    before = likelihood.state_dict()["mean_square"].clone()
+    with torch.no_grad():
+        likelihood(h).log_prob(x)
+    p = likelihood.eval()(h)
+    assert isinstance(p.base_dist, torch.distributions.Normal) and torch.equal(p.stddev, likelihood.scale.expand(B, E))
+    p.log_prob(x)
+    assert torch.equal(likelihood.mean_square, before)
+    assert bool(likelihoods.OptimalNormal(min_scale=0.5)(x).log_prob(x).isfinite().all())
+
+
+def test_training_with_the_optimal_scale_beats_one_half_and_ends_at_the_mean_squared_error():
+    torch.manual_seed(1)
+    x = torch.randn(256, 2) @ torch.randn(2, E) + 0.3 * torch.randn(256, E)
+    elbos = {}
+    for name, likelihood in {
+        "half": likelihoods.Normal(math.sqrt(0.5), learn_scale=False),
+        "optimal": likelihoods.OptimalNormal(),
+    }.items():
+        vae = _fitted(likelihood, x)
+        elbos[name] = elbo(vae, x, 20).mean
+    assert elbos["optimal"] > elbos["half"] + 0.5
+    with torch.no_grad():
+        mse = ((x - vae.eval().decode(vae.encode(x).sample((50,))).mean) ** 2).mean()
+    assert abs(vae.decoder.likelihood.scale**2 / mse - 1) < 0.08  # a batch of 64 x 7 numbers scatters by 7 %
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_running_scale_is_saved_and_resumed(tmp_path, compiled, monkeypatch):
+    if compiled:  # the graph replayed, which needs no compiler
+        monkeypatch.setattr("pyro_vae.compiling._compile", lambda graph, inputs: graph)
+    x, twins = torch.randn(40, E), []
+    for stops in ((4,), (2, 4)):
+        torch.manual_seed(0)
+        vae = VAE(StandardNormal(2), Decoder(Mlp(2, 8, E), likelihoods.OptimalNormal()), DiagonalNormal(Mlp(E, 8, 4)))
+        torch.manual_seed(1)
+        for i, epochs in enumerate(stops):
+            folder = tmp_path / str(len(stops))
+            fit(vae, x, epochs=epochs, batch_size=16, folder=folder, resume=i > 0, compiled=compiled, x_valid=x)
+        twins.append(vae)
+    for a, b in zip(twins[0].state_dict().values(), twins[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert twins[0].decoder.likelihood.num_batches == 4 * 3  # three batches an epoch, and nothing else counts
+
+
+def test_log_normal_against_scipy(float64):
+    h, x = torch.randn(K, B, 2 * E), torch.rand(B, E) + 0.1
+    s = 0.05 + (1 + h[..., E:].exp()).log()
+    expected = torch.as_tensor(stats.lognorm.logpdf(x.numpy(), s.numpy(), scale=h[..., :E].exp().numpy())).sum(-1)
+    torch.testing.assert_close(likelihoods.LogNormal(0.05)(h).log_prob(x), expected)
+    data = torch.randn(5000, E).exp() * 30
+    likelihood = likelihoods.LogNormal()
+    p = likelihood(likelihood.output_bias(data.mean(0), data.std(0)))
+    torch.testing.assert_close(p.stddev, data.std(0))

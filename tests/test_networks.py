@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae import ConvPair, GatedMlp, Mlp, MlpPair, OverBatch, Standardize, init_glorot, init_he
-from pyro_vae.networks import NetworkPair, set_output_bias
+from pyro_vae import ConvPair, GatedMlp, Mlp, MlpPair
+from pyro_vae.networks import NetworkPair
 
 K, B, D, E = 3, 5, 2, 7
 
@@ -43,74 +43,6 @@ def test_gated_mlp_by_hand(float64):
 def test_gated_mlp_refuses(sizes):
     with pytest.raises(ValueError, match=r"expected at least two sizes >= 1, found .*GatedMlp\(inputs, hidden"):
         GatedMlp(*sizes)
-
-
-@pytest.mark.parametrize("init", [init_he, init_glorot])
-def test_initialisations_start_biases_at_zero_and_return_the_network(init):
-    net = ConvPair((4, 6), hidden=5).decoder(D, (1, 8, 8))
-    assert init(net) is net
-    layers = [m for m in net.modules() if hasattr(m, "weight")]
-    assert len(layers) == 4 and all((layer.bias == 0).all() and (layer.weight != 0).all() for layer in layers)
-    init(nn.Sequential(nn.Linear(D, E, bias=False), nn.BatchNorm1d(E)))  # nothing to set to zero, nothing to draw
-
-
-@pytest.mark.parametrize(
-    ("layer", "num_in", "num_out"),
-    [
-        (nn.Linear(300, 200), 300, 200),
-        (nn.Conv2d(30, 40, 5), 30 * 25, 40 * 25),
-        (nn.Conv2d(30, 40, 4, stride=2), 30 * 16, 40 * 4),
-        (nn.Conv2d(30, 60, 3, groups=3), 10 * 9, 20 * 9),
-        (nn.ConvTranspose2d(30, 40, 4, stride=2), 30 * 4, 40 * 16),
-    ],
-    ids=str,
-)
-def test_sizes_of_initial_weights(layer, num_in, num_out):
-    weight = init_he(layer).weight
-    assert weight.std().item() == pytest.approx((2 / num_in) ** 0.5, rel=0.03)
-    assert weight.abs().max() > 3 * weight.std()  # normal
-    weight, bound = init_glorot(layer).weight, (6 / (num_in + num_out)) ** 0.5
-    assert 0.99 * bound < weight.abs().max().item() <= bound
-    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
-
-
-@pytest.mark.parametrize("layer", [nn.Conv2d(20, 20, 4, stride=2), nn.ConvTranspose2d(20, 20, 4, stride=2)], ids=str)
-def test_he_keeps_the_size_of_activations(layer):
-    x = torch.randn(40, 20, 16, 16)
-    out = init_he(nn.Sequential(nn.ReLU(), layer))(x)[..., 2:-2, 2:-2]
-    assert (out**2).mean().item() == pytest.approx(1.0, rel=0.15)
-
-
-@pytest.mark.parametrize("batch", [(), (B,), (K, B), (2, K, B)])
-def test_over_batch(batch):
-    conv = nn.Conv2d(1, 4, 3)
-    x = torch.randn(*batch, 1, 8, 9)
-    out = OverBatch(conv, event_dim=3)(x)
-    assert out.shape == (*batch, 4, 6, 7)
-    torch.testing.assert_close(out.reshape(-1, 4, 6, 7), conv(x.reshape(-1, 1, 8, 9)))
-
-
-def test_standardize():
-    data = torch.randn(50, E) * torch.arange(1.0, E + 1) + 3
-    z = Standardize(data.mean(0), data.std(0))(data)
-    torch.testing.assert_close(z.mean(0), torch.zeros(E), atol=1e-5, rtol=0)
-    torch.testing.assert_close(z.std(0), torch.ones(E))
-    assert set(Standardize(1.0, 2.0).state_dict()) == {"loc", "scale"}
-    assert Standardize(1, 2).to(torch.float64)(torch.zeros(E).double()).dtype == torch.float64
-    assert not list(Standardize(1.0, 2.0).parameters())
-    for bad in (0.0, -1.0, torch.tensor([1.0, 0.0]), float("nan")):
-        with pytest.raises(ValueError, match=r"expected scale > 0, .*drop constant columns first"):
-            Standardize(0.0, bad)
-
-
-def test_standardize_copies_and_keeps_the_precision():
-    loc, scale = torch.randn(E, dtype=torch.float64), torch.ones(E, dtype=torch.float64)
-    exact, layer = loc.clone(), Standardize(loc, scale)
-    loc.zero_()
-    scale.zero_()
-    assert torch.equal(layer.loc, exact) and torch.equal(layer.scale, torch.ones(E, dtype=torch.float64))
-    assert Standardize(torch.tensor(8), 4).loc.dtype == Standardize(8, 4.0).scale.dtype == torch.float32
-    assert not Standardize(torch.zeros(E, requires_grad=True), 1.0).loc.requires_grad
 
 
 def test_mlp_pair():
@@ -177,33 +109,59 @@ def test_conv_pair_refuses(shape):
         pair.decoder(D, shape)
 
 
-def test_a_pair_of_your_own_has_two_methods():
-    with pytest.raises(TypeError, match="decoder, encoder"):
-        NetworkPair()
+@pytest.mark.parametrize("normalization", [{"batch_norm": True}, {"num_groups": 2}], ids=str)
+def test_normalised_mlp(float64, normalization):
+    mlp, x = Mlp(E, 6, 4, D, activation=nn.Tanh, **normalization), 3 + torch.randn(K, B, E)
+    h = x.reshape(K * B, E)
+    for linear, norm in ((mlp[0], mlp[1].net), (mlp[3], mlp[4].net)):
+        h = h @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+        if "batch_norm" in normalization:
+            m, v = h.mean(0), h.var(0, unbiased=False)
+        else:
+            halves = h.unflatten(1, (2, -1))
+            m = halves.mean(-1).repeat_interleave(halves.shape[-1], dim=-1)
+            v = halves.var(-1, unbiased=False).repeat_interleave(halves.shape[-1], dim=-1)
+        h = torch.tanh((h - m) / (v + norm.eps).sqrt() * norm.weight + norm.bias)
+    expected = h @ mlp[6].weight.T + mlp[6].bias
+    torch.testing.assert_close(mlp(x), expected.reshape(K, B, D))
+    assert (mlp[0].bias is None) == ("batch_norm" in normalization)  # what a mean would take away
 
 
-def test_set_output_bias():
-    bias = torch.randn(E)
-    mlp = Mlp(D, 6, E)
-    set_output_bias(mlp, bias)
-    assert torch.equal(mlp[-1].bias, bias) and mlp[-1].bias.requires_grad
-
-    image = torch.randn(2, 8, 12)
-    net = MlpPair((6,)).decoder(D, (2, 8, 12))
-    set_output_bias(net, image)
-    torch.testing.assert_close(net[0][-1].bias.reshape(2, 8, 12), image)
-
-    net = ConvPair((4, 6), hidden=5).decoder(D, (2, 8, 12))
-    set_output_bias(net, image)
-    torch.testing.assert_close(net.net[-1].bias, image.mean((1, 2)))
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("pool", [False, True])
+def test_conv_pair_without_a_hidden_layer(kernel_size, pool):
+    pair = ConvPair((4, 6), hidden=0, kernel_size=kernel_size, pool=pool)
+    encoder, decoder = pair.encoder((3, 8, 12), 2 * D), pair.decoder(D, (3, 8, 12))
+    square, small = kernel_size**2, 6 * 2 * 3
+    assert encoder(torch.randn(B, 3, 8, 12)).shape == (B, 2 * D)
+    assert decoder(torch.randn(K, B, D)).shape == (K, B, 3, 8, 12)
+    assert count(encoder) == (square * 12 + 4) + (square * 24 + 6) + (small * 2 * D + 2 * D)
+    assert count(decoder) == (D * small + small) + (square * 24 + 4) + (square * 12 + 3)
+    assert ("pool=True" in repr(pair)) == pool and f"hidden=0, activation=ReLU, kernel_size={kernel_size}" in repr(pair)
 
 
 @pytest.mark.parametrize(
-    ("net", "found"),
-    [(Mlp(D, 6), "a bias of 6"), (nn.Tanh(), "no bias at all"), (nn.Linear(D, E, bias=False), "no bias at all")],
+    ("arguments", "message"),
+    [
+        ({"channels": ()}, "expected one or more channels >= 1"),
+        ({"channels": (4, 0)}, "expected one or more channels >= 1"),
+        ({"hidden": -1}, "hidden >= 0"),
+        ({"kernel_size": 1}, r"kernel_size >= 2, found \(32, 64\), 256 and 1"),
+        ({"num_groups": 5}, "sizes that 5 groups divide"),
+    ],
+    ids=str,
 )
-def test_set_output_bias_refuses(net, found):
-    with pytest.raises(ValueError, match=f"expected a last layer with a bias of 7 numbers, found {found}"):
-        set_output_bias(net, torch.zeros(E))
-    with pytest.raises(ValueError, match="a bias of 6"):  # an earlier layer is not meant
-        set_output_bias(nn.Sequential(nn.Linear(D, E), nn.Linear(E, 6)), torch.zeros(E))
+def test_conv_pair_refuses_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ConvPair(**arguments)
+
+
+def test_mlps_refuse_groups_of_one():
+    for make in (lambda: Mlp(E, 6, D, num_groups=6), lambda: MlpPair((6,), num_groups=6)):
+        with pytest.raises(ValueError, match=r"6 groups divide into two or more each, found .*change them"):
+            make()
+
+
+def test_a_pair_of_your_own_has_two_methods():
+    with pytest.raises(TypeError, match="decoder, encoder"):
+        NetworkPair()

@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -183,12 +184,32 @@ def test_two_dimensional_codes_are_drawn_as_they_are():
     assert len(ax.collections) == 3
     for k, points in enumerate(ax.collections):
         assert np.allclose(points.get_offsets(), z[labels == k])
-        assert np.allclose(ax.texts[k].get_position(), np.median(z[labels == k], axis=0))
+        extent = np.ptp(z.numpy(), axis=0).max()
+        middle = np.median(z[labels == k], axis=0)
+        assert np.hypot(*(np.asarray(ax.texts[k].get_position()) - middle)) < 0.13 * extent
     assert [text.get_text() for text in ax.texts] == ["a", r"\$b\$", "c"]
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
     assert legend == ["a", r"\$b\$", "c", "99 % of N(0, I)"]
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_aspect()) == ("$z_1$", "$z_2$", 1)
     draw(ax)
+
+
+def test_names_of_classes_keep_off_each_other_and_off_points():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.cat([torch.randn(40, 2, generator=generator) + offset for offset in (0.0, 0.1, 3.0)])
+    ax = plots.latent_scatter(z, torch.arange(3).repeat_interleave(40))
+    figure = ax.get_figure(root=True)
+    figure.savefig(io.BytesIO(), format="png")
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    pixels = ax.transData.transform(z.numpy())
+    covered = [sum(box.contains(*pixel) for pixel in pixels) for box in boxes]
+    assert len(boxes) == 3 and sum(covered) <= 2
+    for codes in (torch.zeros(4, 2), torch.tensor([[0.0, 0.0], [2.0, 2.0]]).repeat(2, 1)):  # two classes in one place
+        ax = plots.latent_scatter(codes, torch.tensor([0, 0, 1, 1]))
+        ax.get_figure(root=True).savefig(io.BytesIO(), format="png")
+        first, second = (text.get_window_extent() for text in ax.texts)
+        assert not first.overlaps(second)
 
 
 def test_circle_holds_99_percent_of_a_standard_normal():
@@ -288,11 +309,24 @@ def test_kl_bars_are_sorted_and_named():
         plots.kl_per_dimension(torch.zeros(5, 2))
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_few_kl_bars_stand_in_the_middle_of_a_narrow_picture(dim):
+    ax = plots.kl_per_dimension(torch.ones(dim))
+    left, right = ax.get_xlim()
+    assert left + right == pytest.approx(dim - 1) and right - left <= max(dim + 0.5, 2.5)
+    assert ax.get_figure().get_figwidth() < 5
+    draw(ax)
+
+
 def test_many_kl_bars_are_named_in_part():
     kl = torch.linspace(0, 1, 70)
     ax = plots.kl_per_dimension(kl)
     assert len(ax.patches) == 70 and len(ax.get_xticks()) <= 30
     assert tick_labels(ax.xaxis)[:2] == ["70", "67"]
+    ax = plots.kl_per_dimension(torch.linspace(0, 1, 196))
+    ax.get_figure(root=True).savefig(io.BytesIO(), format="png")
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert len(boxes) > 10 and not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_table_marginals_are_medians_and_ranges():
@@ -315,3 +349,106 @@ def test_table_marginals_are_medians_and_ranges():
         plots.table_marginals(x, made, ["a", "b"])
     with pytest.raises(ValueError, match="give both E columns"):
         plots.table_marginals(x, made[:, :2])
+
+
+# ------------------------------------------------------------------------------------------- estimates, diagnostics
+
+
+def drawn(ax):
+    draw(ax)
+    return ax
+
+
+def test_log_weights():
+    log_w = torch.stack([torch.zeros(1000), torch.randn(1000, generator=torch.Generator().manual_seed(0))], 1) - 80
+    ax = drawn(plots.log_weights(log_w, torch.tensor([0.0, 0.43]), ["easy", "hard"]))
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[0] == "easy: Pareto k = 0.00, ESS = 1000 of 1000"
+    assert texts[1].startswith("hard: Pareto k = 0.43, ESS = 216 of")
+    largest = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "v"]
+    centred = log_w[:, 1] - log_w[:, 1].logsumexp(0) + math.log(1000)
+    np.testing.assert_allclose(largest, [0, centred.max()], atol=1e-4)
+    heights = ax.patches[1].get_xy()[:, 1]
+    assert heights.max() < 1000 and ax.get_yscale() == "log"
+    for bad in (torch.zeros(5), torch.zeros(5, 4), torch.zeros(0, 1)):
+        with pytest.raises(ValueError, match="choose a few"):
+            plots.log_weights(bad)
+
+
+def test_gap_bars():
+    ax = drawn(plots.gap_bars({"approximation": (1.5, 0.1), "amortisation": (2.5, 0.2), "odd": (-0.5, NAN)}))
+    assert [bar.get_width() for bar in ax.patches] == [1.5, 2.5, -0.5]
+    assert tick_labels(ax.yaxis) == ["approximation", "amortisation", "odd"]
+    assert [text.get_text() for text in ax.texts][:2] == ["1.50 ± 0.10", "2.50 ± 0.20"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first at the top"
+    with pytest.raises(ValueError, match="gaps is empty"):
+        plots.gap_bars({})
+
+
+def normal_on(axis, mean, scale):
+    z = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
+    return torch.exp(-0.5 * (((z - torch.tensor(mean)) / torch.tensor(scale)) ** 2).sum(-1)) / (
+        2 * math.pi * math.prod(scale)
+    )
+
+
+def test_aggregate_posterior():
+    axis = torch.linspace(-4, 4, 81)
+    q = normal_on(axis, (1.0, -2.0), (0.3, 0.5))
+    ax = drawn(plots.aggregate_posterior(axis, q, normal_on(axis, (0.0, 0.0), (1.0, 1.0))))
+    shown = np.asarray(ax.images[0].get_array())
+    row, column = np.unravel_index(shown.argmax(), shown.shape)
+    assert (axis[column], axis[row]) == pytest.approx((1.0, -2.0), abs=0.06), "z1 to the right, z2 upwards"
+    radii = sorted(np.abs(path.vertices).max() for path in ax.collections[0].get_paths() if len(path.vertices))
+    np.testing.assert_allclose(radii, np.sqrt(-2 * np.log([0.5, 0.05, 0.01])), atol=0.1)
+
+
+def test_posteriors():
+    axis = torch.linspace(-4, 4, 161)
+    true = torch.stack([normal_on(axis, (1.0, -2.0), (0.2, 0.4)), normal_on(axis, (0.0, 0.0), (0.3, 0.3))])
+    q = torch.stack([normal_on(axis, (1.2, -2.0), (0.2, 0.2)), normal_on(axis, (0.0, 0.0), (0.3, 0.3))])
+    ax = drawn(plots.posteriors(axis, true, q, images(2), torch.tensor([1.25, 0.0])))
+    first, second, picture, _ = ax.child_axes
+    assert [panel.get_title() for panel in (first, second)] == ["KL = 1.25 nats", "KL = 0.00 nats"]
+    assert first.get_xlim()[0] < 0.5 and first.get_xlim()[1] > 1.7 and first.get_ylim()[1] < 0, "near the mass"
+    np.testing.assert_array_equal(first.images[0].get_array(), true[0].T.double().numpy())
+    outline = np.concatenate([path.vertices for path in first.collections[0].get_paths()])
+    np.testing.assert_allclose((outline.max(0) + outline.min(0)) / 2, [1.2, -2.0], atol=0.03)
+    assert picture.images[0].get_array().shape == (4, 3)
+    assert len(drawn(plots.posteriors(axis, true, q)).child_axes) == 2
+
+
+def test_a_sweep_draws_means_errors_and_seeds():
+    numbers = {"ELBO": [[-3.0, -1.0], [-8.0], []], "KL": [[4.0, 6.0], [3.0, 3.0], [1.0, 2.0]]}
+    ax = plots.sweep(["0.1", "1", "10"], numbers, "beta")
+    first, second = ax.child_axes
+    bars = first.containers[0]
+    assert bars[0].get_xydata().tolist() == [[0.1, -2.0], [1.0, -8.0]]  # the value without a run is left out
+    ends = [path.vertices[:, 1].tolist() for path in bars[2][0].get_paths()]
+    assert ends == [[-3.0, -1.0], [-8.0, -8.0]]  # one standard error: sd sqrt(2), of two seeds
+    dots = [line.get_ydata().tolist() for line in second.lines if line.get_markersize() == 3]
+    assert dots == numbers["KL"] and second.get_xscale() == "log" and second.get_xlabel() == "beta"
+    assert tick_labels(second.xaxis) == ["0.1", "1", "10"] and first.get_title() == "ELBO"
+    draw(ax)
+    words = plots.sweep(["Normal", "$Vamp$"], {"KL": [[1.0], [2.0]]}).child_axes[0]
+    assert words.containers[0][0].get_linestyle() == "None" and tick_labels(words.xaxis) == ["Normal", r"\$Vamp\$"]
+    with pytest.raises(ValueError, match="KL has 1 entries, expected 2"):
+        plots.sweep(["1", "2"], {"KL": [[1.0]]})
+    with pytest.raises(ValueError, match="at least one metric"):
+        plots.sweep(["1"], {})
+
+
+def test_rate_distortion_joins_the_means_and_draws_lines_of_equal_elbo():
+    points = [[(2.0, 30.0)], [(8.0, 19.0), (10.0, 21.0)], [(4.0, 24.0)]]
+    ax = plots.rate_distortion(points, ["4", "0.5", "1"], "beta")
+    curve = ax.lines[-1].get_xydata().tolist()
+    assert curve == [[9.0, 20.0], [4.0, 24.0], [2.0, 30.0]]  # in the order of beta
+    grey = [line for line in ax.lines if line.get_color() == "0.8"]
+    assert len(grey) > 2
+    for line in grey:
+        x, y = line.get_data()
+        assert x[0] + y[0] == pytest.approx(x[1] + y[1])  # rate + distortion = -ELBO
+    assert {text.get_text() for text in ax.texts} >= {"4", "0.5", "1"} and "beta" in ax.get_title()
+    draw(ax)
+    with pytest.raises(ValueError, match="expected 2 with one point or more"):
+        plots.rate_distortion([[(1.0, 1.0)]], ["1", "2"])

@@ -119,7 +119,9 @@ def test_fit_reaches_the_closed_form_maximum(float64):
     ],
     ids=["diagonal", "full", "mixture prior", "VampPrior"],
 )
-@pytest.mark.parametrize("objective", [ELBO(), IWAE(3), Beta(beta=0.5), pyro.infer.Trace_ELBO()], ids=str)
+@pytest.mark.parametrize(
+    "objective", [ELBO(), IWAE(3), Beta(beta=0.5), pyro.infer.Trace_ELBO()], ids=lambda o: type(o).__name__
+)
 def test_every_parameter_moves(family, outputs, prior, objective):
     vae = make_vae(family=family, encoder_outputs=outputs, prior=prior)
     before = parameters(vae)
@@ -294,7 +296,7 @@ def test_refusals(tmp_path):
         fit(vae, x[:0])
     with pytest.raises(ValueError, match=r"x has values outside \{0, 1\} \(found 0.5\): binarise it"):
         fit(vae, torch.cat([x, torch.full((1, E), 0.5)]), batch_size=16)  # not in the first batch
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="values that are NaN, expected"):
         fit(vae, torch.cat([x, torch.full((1, E), torch.nan)]), batch_size=16)
     with pytest.raises(ValueError, match=r"encoder\(x\) failed on an input of shape \(50, 8\)"):
         fit(vae, torch.ones(50, 8))

@@ -1,5 +1,7 @@
 """The VAE: two Pyro programs, and the four things one does with it."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -8,6 +10,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import nn
+from torch.distributions import kl_divergence
 
 from pyro_vae import (
     VAE,
@@ -18,6 +21,7 @@ from pyro_vae import (
     StandardNormal,
     VampPrior,
     check_vae,
+    draw,
     likelihoods,
 )
 
@@ -212,3 +216,31 @@ def test_state_dict_dtype_and_repr():
     assert one.sample(K).dtype == one.reconstruct(x.double(), sample=True).dtype == torch.float64
     order = [repr(one).index(part) for part in ("MixtureOfNormals", "Decoder", "DiagonalNormal")]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("scale", [0.2, 3.0])
+def test_the_scale_of_the_prior_changes_nothing_for_free_networks(float64, scale):
+    """Encoder heads times s, the decoder's first weights over s: the same ELBO, draw by draw, under N(0, s^2)."""
+    one = make(prior=StandardNormal(D))
+    other = make(prior=StandardNormal(D, scale=scale))
+    other.load_state_dict(one.state_dict())
+    with torch.no_grad():
+        last, first = (
+            [part for part in net.modules() if isinstance(part, nn.Linear)]
+            for net in (other.encoder.net, other.decoder.net)
+        )
+        last[-1].weight[:D] *= scale  # the mean
+        last[-1].bias[:D] *= scale
+        last[-1].bias[D:] += math.log(scale)  # the logarithm of the standard deviation
+        first[0].weight /= scale
+    x = torch.randn(B, E)
+    bounds = []
+    for vae in (one, other):
+        torch.manual_seed(1)
+        bounds.append(draw(vae.model, vae.guide, x, num_particles=K).log_w)
+    torch.testing.assert_close(bounds[0], bounds[1], rtol=0, atol=1e-10)
+    divergences = [kl_divergence(vae.encode(x), vae.prior()) for vae in (one, other)]
+    torch.testing.assert_close(divergences[0], divergences[1], rtol=0, atol=1e-10)
+    with torch.no_grad():  # the prior alone, without the networks, is not the same
+        other.load_state_dict(one.state_dict())
+        assert not torch.allclose(divergences[0], kl_divergence(other.encode(x), other.prior()), atol=0.1)

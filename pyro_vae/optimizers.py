@@ -1,0 +1,326 @@
+"""One optimiser over all parameters, from what the user of Pyro writes.
+
+``pyro.optim`` makes one torch optimiser for each parameter and runs them one after the other; for small networks that
+is a fifth of a step. Here a ``pyro.optim`` optimiser becomes one torch optimiser: the same numbers, one pass over all
+parameters. torch's own ``step`` takes as long in Python as its fused kernel: Adam and AdamW call the kernel straight.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam as PyroClippedAdam
+from torch import Tensor
+
+
+class _Straight:
+    """The ``step`` of torch's fused Adam and AdamW without what they look after beside it."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+    ) -> None:
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True, **decay)  # type: ignore[call-arg]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            self._move(group, group["eps"])
+        return loss
+
+    def _move(self, group: dict[str, Any], eps: float) -> None:
+        kinds: dict[Any, list[Tensor]] = {}  # the kernel takes tensors of one type and device
+        for p in group["params"]:
+            if p.grad is not None:
+                kinds.setdefault((p.dtype, p.device), []).append(p)
+        for parameters in kinds.values():
+            for p in parameters:
+                if not self.state[p]:
+                    zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+            states = [self.state[p] for p in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
+                parameters,
+                [p.grad for p in parameters],  # type: ignore[misc]  # none is None
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+class Adam(_Straight, torch.optim.Adam):
+    """torch's fused Adam with its kernel called straight: the same numbers to the last bit, less Python.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: how slowly the two running means forget.
+        eps: what keeps the denominator from 0.
+        weight_decay: factor of the L2 penalty.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = Adam([weight], lr=0.1)
+        >>> weight.grad = torch.ones(3)
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9000, 0.9000, 0.9000])
+    """
+
+
+class AdamW(_Straight, torch.optim.AdamW):
+    """torch's fused AdamW with its kernel called straight: the same numbers to the last bit, less Python.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: how slowly the two running means forget.
+        eps: what keeps the denominator from 0.
+        weight_decay: decay of the parameters themselves; torch's 0.01 by default.
+    """
+
+
+class ClippedAdam(_Straight, torch.optim.Adam):
+    r"""``pyro.optim.ClippedAdam`` by torch's fused kernel: gradients clamped, the learning rate decayed at each step.
+
+    Pyro adds :math:`\epsilon` to :math:`\sqrt{v}`, torch to :math:`\sqrt{v / (1 - \beta_2^t)}`: the kernel is given
+    :math:`\epsilon / \sqrt{1 - \beta_2^t}`, which makes the two one. Centred variances are left to Pyro's class.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate before the first step.
+        betas: how slowly the two running means forget.
+        eps: what keeps the denominator from 0.
+        weight_decay: factor of the L2 penalty.
+        clip_norm: each component of a gradient is clamped to [-clip_norm, clip_norm].
+        lrd: factor of the learning rate at each step.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clip_norm: float = 10.0,
+        lrd: float = 1.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        own = {"clip_norm": clip_norm, "lrd": lrd, "centered_variance": False, "taken": 0}
+        self.defaults |= own
+        for group in self.param_groups:
+            group.update({name: group.get(name, value) for name, value in own.items()})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["lr"] *= group["lrd"]
+            group["taken"] += 1  # of a parameter that sat out some steps, eps (and only it) is off by a factor near 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.clamp_(-group["clip_norm"], group["clip_norm"])
+            self._move(group, group["eps"] / (1 - group["betas"][1] ** group["taken"]) ** 0.5)
+        return loss
+
+
+_FUSED: dict[Any, Any] = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW, PyroClippedAdam: ClippedAdam}
+
+
+def torch_optimizer(optim: Any) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
+    """A function parameters -> one torch optimiser over them, from a ``pyro.optim`` one (or from such a function).
+
+    Arguments and clipping that depend on the parameter's name are those that Pyro would have used: parameters of
+    equal arguments form a group, each gradient is clipped by itself. The names are looked up in Pyro's store.
+
+    Args:
+        optim: a ``pyro.optim.PyroOptim``, or the function. Its schedulers are made by :class:`pyro_vae.FastSVI`.
+
+    Returns:
+        The function.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: its steps evaluate the loss several times (LBFGS).
+    """
+    if not isinstance(optim, PyroOptim):
+        if isinstance(optim, torch.optim.Optimizer) or not callable(optim):
+            raise TypeError(
+                f"expected a pyro.optim optimiser or a function parameters -> torch optimiser, found {optim!r:.60}: "
+                "for example lambda p: torch.optim.AdamW(p, lr=1e-3)."
+            )
+        return optim
+    constructor: Any = optim.pt_optim_constructor
+    if constructor is torch.optim.LBFGS:
+        raise ValueError("expected an optimiser of one gradient a step, found LBFGS: take Adam, or LBFGS outside SVI.")
+
+    def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = []
+        store = pyro.get_param_store()
+        for parameter in parameters:
+            if callable(optim.pt_optim_args) and store.param_name(parameter) is None:
+                raise ValueError(
+                    "expected an optimiser with one dictionary of arguments, found arguments by parameter name, which "
+                    "is known to SVI only: use FastSVI, or pass a function parameters -> torch optimiser."
+                )
+            arguments = dict(optim._get_optim_args(parameter))  # type: ignore[arg-type]
+            same = [g for g in groups if {k: v for k, v in g.items() if k != "params"} == arguments]
+            if same:
+                same[0]["params"].append(parameter)
+            else:
+                groups.append({"params": [parameter], **arguments})
+        one = _FUSED.get(constructor)
+        known = set() if one is None else set(inspect.signature(one).parameters)
+        if one is None or any(set(group) - known - {"params"} for group in groups):
+            one = constructor
+            if "fused" in inspect.signature(one).parameters:
+                groups = [{"fused": True, **group} for group in groups]  # one pass over all parameters
+        shared = {k: v for k, v in groups[0].items() if k != "params"} if len(groups) == 1 else {}
+        if len(groups) > 1 and any("lr" in group for group in groups):
+            shared = {"lr": groups[0].get("lr", 1e-3)}  # SGD and others once demanded a default
+        optimizer = one(groups if len(groups) > 1 else groups[0]["params"], **shared)
+        if optim.pt_clip_args:
+            optimizer.register_step_pre_hook(_Clipping(optim))
+        return optimizer
+
+    return make
+
+
+class _Clipping:
+    """Clips each gradient by itself, as ``pyro.optim`` does; called before each step of an optimiser."""
+
+    def __init__(self, optim: PyroOptim) -> None:
+        self.optim = optim
+        self.clips: dict[Tensor, Callable[..., None] | None] = {}
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.clips:
+                    self.clips[parameter] = self.optim._get_grad_clip(parameter)
+                clip = self.clips[parameter]
+                if clip is not None and parameter.grad is not None:
+                    clip(parameter)
+
+
+class OneOfMany:
+    """What ``pyro.optim`` keeps for one parameter, where one optimiser moves them all: its share of the state.
+
+    So ``get_state``, ``set_state``, ``save`` and ``load`` of the ``pyro.optim`` object go on working, in Pyro's format.
+
+    Args:
+        optimizer: the one optimiser.
+        parameter: the parameter.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        self._all, self._parameter = optimizer, parameter
+
+    def _group(self) -> dict[str, Any]:
+        return next(g for g in self._all.param_groups if any(p is self._parameter for p in g["params"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch writes it for an optimiser of this parameter alone."""
+        state = dict(self._all.state[self._parameter])
+        if "step" in state and isinstance(self._all, ClippedAdam):
+            state["step"] = int(state["step"])  # Pyro's class counts in Python, and would compute in float32 else
+        group = {k: v for k, v in self._group().items() if k not in ("params", "taken")}
+        return {"state": {0: state} if state else {}, "param_groups": [group | {"params": [0]}]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of this parameter, and the options of its group."""
+        group = self._group()
+        group.update({k: v for k, v in state["param_groups"][0].items() if k not in ("params", "fused")})
+        for value in state["state"].values():
+            own = self._all.state[self._parameter]
+            for name, entry in value.items():
+                if name == "step" and isinstance(self._all, ClippedAdam):
+                    group["taken"] = int(entry)
+                    entry = torch.tensor(float(entry), device=self._parameter.device)
+                own[name] = entry.to(self._parameter.device, copy=True) if isinstance(entry, Tensor) else entry
+
+
+class OneOfManySchedules(OneOfMany):
+    """The same under a scheduler of learning rates: ``pyro.optim`` steps each parameter's; only the first one does.
+
+    Args:
+        scheduler: the one scheduler.
+        optimizer: the one optimiser.
+        parameter: the parameter.
+        is_first: whether this is the parameter whose ``step`` counts.
+    """
+
+    def __init__(self, scheduler: Any, optimizer: torch.optim.Optimizer, parameter: Tensor, is_first: bool) -> None:
+        super().__init__(optimizer, parameter)
+        self.optimizer, self.scheduler, self.is_first = OneOfMany(optimizer, parameter), scheduler, is_first
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the scheduler, once for all parameters."""
+        if self.is_first:
+            self.scheduler.step(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Into the scheduler."""
+        self.scheduler.load_state_dict(state)
+
+
+def register(optim: Any, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    """Tell a ``pyro.optim`` object about the one optimiser that works for it: schedules, and state kept or given.
+
+    Args:
+        optim: what the user gave; anything but a ``PyroOptim`` needs nothing.
+        optimizer: the one optimiser.
+        parameters: those that it moves.
+    """
+    if not isinstance(optim, PyroOptim):
+        return
+    schedules = isinstance(optim, PyroLRScheduler)
+    scheduler = optim.pt_scheduler_constructor(optimizer, **optim.kwargs) if schedules else None  # type: ignore[attr-defined]
+    for i, parameter in enumerate(parameters):
+        one = (
+            OneOfManySchedules(scheduler, optimizer, parameter, i == 0)
+            if schedules
+            else OneOfMany(optimizer, parameter)
+        )
+        optim.optim_objs[parameter] = one
+        name = pyro.get_param_store().param_name(parameter)
+        waiting = optim._state_waiting_to_be_consumed.pop(name, None)
+        if waiting is not None:
+            _load(one, waiting)
+
+
+def _load(one: OneOfMany, state: dict[str, Any]) -> None:
+    if isinstance(one, OneOfManySchedules):
+        one.load_state_dict(state["scheduler"])
+        one.optimizer.load_state_dict(state["optimizer"])
+    else:
+        one.load_state_dict(state)
