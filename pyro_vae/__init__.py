@@ -41,7 +41,7 @@ from pyro_vae.gradients import PIWAE, VIMCO, DReG, ScoreFunction, StickingTheLan
 from pyro_vae.regularized import BalancedKL, Capacity, FreeBits
 from pyro_vae.aggregate_objectives import DIP, WAE, BetaTC, InfoVAE
 from pyro_vae.compiling import FastSVI
-from pyro_vae.estimates import Estimate, elbo, elbo_terms, log_evidence, paired_difference
+from pyro_vae.estimates import Estimate, elbo, elbo_and_log_evidence, elbo_terms, log_evidence, paired_difference
 from pyro_vae.annealing import annealed_log_evidence, sandwich
 from pyro_vae.ledger import Ledger, ledger
 from pyro_vae.training import History, fit
@@ -49,7 +49,7 @@ from pyro_vae import aggregate, calibration, gaps, tails
 from pyro_vae import datasets, diagnostics, exact, files, mapped, parallel, presets, streaming, testing
 from pyro_vae import derivation
 from pyro_vae import gradient_variance, wrong_losses
-from pyro_vae import disentanglement, geometry, representation, sample_quality
+from pyro_vae import clouds, disentanglement, geometry, representation, sample_quality
 from pyro_vae.sprites import Sprites
 
 __all__ = [
@@ -138,6 +138,7 @@ __all__ = [
     "annealed_log_evidence",
     "calibration",
     "check_vae",
+    "clouds",
     "comparisons",
     "counts",
     "datasets",
@@ -147,6 +148,7 @@ __all__ = [
     "disentanglement",
     "draw",
     "elbo",
+    "elbo_and_log_evidence",
     "elbo_terms",
     "encoders",
     "exact",

@@ -11,7 +11,7 @@ draw of the posterior, the same chain estimates 1 / p(x) and bounds log p(x) fro
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 from pyro_vae import tails
-from pyro_vae.contracts import NO_LIKELIHOOD, check_vae, is_normalised, plain_support, untouched
+from pyro_vae.contracts import check_vae, plain_support, require_likelihood, untouched
 from pyro_vae.estimates import Estimate
+from pyro_vae.passes import at_once, even, replayed
+from pyro_vae.replays import Replay
 
 Schedule = Callable[[int], Tensor]
 State = tuple[Tensor, ...]  # z, then what _Path.evaluate gives there
@@ -52,7 +54,8 @@ class Sandwich:
 
     Args:
         lower: on average at most log p(x).
-        upper: on average at least log p(x).
+        upper: on average at least log p(x); over the examples only, and without a Monte-Carlo error, since the chains
+            of an example all start at the z that made it.
         x: the data, [N, *E].
         acceptance: share of accepted moves of each example, [N].
     """
@@ -84,7 +87,8 @@ def annealed_log_evidence(
     schedule: Schedule = sigmoidal_schedule,
     seed: int = 0,
     policy: str = "",
-    max_elements: int = 2**22,
+    max_elements: int | None = None,
+    compiled: bool | None = None,
 ) -> Estimate:
     r"""The log-evidence log p(x) by annealed importance sampling with Hamiltonian Monte Carlo.
 
@@ -106,13 +110,15 @@ def annealed_log_evidence(
         schedule: T -> the betas, [T + 1], from 0 to 1.
         seed: seed of the draws; the random state outside is untouched.
         policy: the data policy to carry.
-        max_elements: numbers of x handled in one pass, C included; memory is some 30 times their bytes.
+        max_elements: numbers of x handled in one pass, C included; memory is some 30 times their bytes. None: what
+            suits the device.
+        compiled: record the density's gradient and compile it; see :func:`log_evidence`.
 
     Returns:
         An estimate, nats per example, higher is better; its Monte-Carlo error is from the spread over the chains.
 
     Raises:
-        ValueError: z is not on R^D, an argument below 1, a schedule that does not rise from 0 to 1.
+        ValueError: z is not on R^D, p(x|z) is a score, an argument below 1, a schedule that does not rise from 0 to 1.
         TypeError: ``vae`` lacks a piece.
 
     Source: Neal (2001), Annealed importance sampling, arXiv:physics/9803008; for VAEs Wu, Burda, Salakhutdinov, Grosse
@@ -127,8 +133,7 @@ def annealed_log_evidence(
     betas = _check(vae, x, num_chains, num_temperatures, leapfrog_steps, from_encoder, schedule)
     log_w = []
     with untouched(vae, seed):
-        for rows in x.split(max(1, max_elements // (num_chains * max(1, x[0].numel())))):
-            path = _Path(vae, rows, from_encoder, betas, leapfrog_steps)
+        for _, path in _paths(vae, x, num_chains, from_encoder, betas, leapfrog_steps, max_elements, compiled):
             step_sizes = path.pilot(min(num_chains, _PILOT_CHAINS))
             log_w.append(path.forward(path.start(num_chains), step_sizes)[0])
     return _estimate(torch.cat(log_w, 1), num_temperatures, leapfrog_steps, from_encoder, policy)
@@ -144,7 +149,8 @@ def sandwich(
     from_encoder: bool = False,
     schedule: Schedule = sigmoidal_schedule,
     seed: int = 0,
-    max_elements: int = 2**22,
+    max_elements: int | None = None,
+    compiled: bool | None = None,
 ) -> Sandwich:
     r"""Bounds from both sides on the log-evidence of data that the model made: bidirectional Monte Carlo.
 
@@ -163,13 +169,15 @@ def sandwich(
         from_encoder: start at q(z|x) instead of the prior.
         schedule: T -> the betas, [T + 1], from 0 to 1.
         seed: seed of the data and the draws; the random state outside is untouched.
-        max_elements: numbers of x handled in one pass, C included; memory is some 30 times their bytes.
+        max_elements: numbers of x handled in one pass, C included; memory is some 30 times their bytes. None: what
+            suits the device.
+        compiled: record the density's gradient and compile it; see :func:`log_evidence`.
 
     Returns:
         The two bounds, the data made, the share of accepted moves.
 
     Raises:
-        ValueError: z is not on R^D, an argument below 1, a schedule that does not rise from 0 to 1.
+        ValueError: z is not on R^D, p(x|z) is a score, an argument below 1, a schedule that does not rise from 0 to 1.
         TypeError: ``vae`` lacks a piece.
 
     Source: Grosse, Ghahramani, Adams (2015), Sandwiching the marginal likelihood using bidirectional Monte Carlo,
@@ -187,15 +195,15 @@ def sandwich(
     _require(vae, "prior", "decoder")
     with untouched(vae, seed):
         z = vae.prior().sample((num_examples,))
-        x = vae.decoder(z).sample()
+        p = vae.decoder(z)
+        require_likelihood(p)
+        x = p.sample()
         betas = _check(vae, x, num_chains, num_temperatures, leapfrog_steps, from_encoder, schedule)
         lower, upper, shares = [], [], []
-        rows_at_once = max(1, max_elements // (num_chains * max(1, x[0].numel())))
-        for rows, truth in zip(x.split(rows_at_once), z.split(rows_at_once), strict=True):
-            path = _Path(vae, rows, from_encoder, betas, leapfrog_steps)
+        for rows, path in _paths(vae, x, num_chains, from_encoder, betas, leapfrog_steps, max_elements, compiled):
             step_sizes = path.pilot(min(num_chains, _PILOT_CHAINS))
             below, share = path.forward(path.start(num_chains), step_sizes)
-            above, back = path.backward(truth.expand(num_chains, *truth.shape), step_sizes)
+            above, back = path.backward(z[rows].expand(num_chains, *z[rows].shape), step_sizes)
             lower.append(below)
             upper.append(-above)
             shares.append((share + back) / 2)
@@ -203,7 +211,8 @@ def sandwich(
     high = _estimate(torch.cat(upper, 1), *settings)
     return Sandwich(
         _estimate(torch.cat(lower, 1), *settings),
-        Estimate("upper bound on log p(x)", -high.values, num_chains, high.policy, high.errors, method=high.method),
+        # The chains of an example start at the one z that made it, so their spread is not the error: it has none.
+        Estimate("upper bound on log p(x)", -high.values, num_chains, high.policy, method=high.method),
         x,
         torch.cat(shares),
     )
@@ -213,6 +222,8 @@ class _Path:
     """The annealed densities of some examples, and how to walk along them."""
 
     def __init__(self, vae: Any, x: Tensor, from_encoder: bool, betas: Tensor, leapfrog_steps: int):
+        self.record: Callable[[Tensor], Replay | None] = lambda z: None
+        self.recorded: dict[torch.Size, Callable[..., tuple[Tensor, ...]] | None] = {}  # by the shape of z
         self.prior, self.decoder, self.x = vae.prior(), vae.decoder, x
         self.base = vae.encoder(x) if from_encoder else self.prior
         self.from_encoder, self.betas, self.leapfrog_steps = from_encoder, betas.tolist(), leapfrog_steps
@@ -226,6 +237,14 @@ class _Path:
 
         All temperatures are combinations of the two, so a new temperature costs nothing.
         """
+        if z.shape not in self.recorded:
+            replay = self.record(z)
+            self.recorded[z.shape] = None if replay is None else replay.at(self.x)
+        run = self.recorded[z.shape]
+        return self.densities(z) if run is None else run(z)  # type: ignore[return-value]
+
+    def densities(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`evaluate` gives, by the pieces themselves."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             log_base = self.base.log_prob(z)
@@ -300,6 +319,37 @@ class _Path:
         return log_w, share / max(1, len(order) - 1)
 
 
+def _paths(
+    vae: Any,
+    x: Tensor,
+    num_chains: int,
+    from_encoder: bool,
+    betas: Tensor,
+    leapfrog_steps: int,
+    max_elements: int | None,
+    compiled: bool | None,
+) -> Iterator[tuple[slice, _Path]]:
+    """The paths of a few examples after another; what one records serves all that have its shapes."""
+    replays: dict[Any, Replay | None] = {}
+    gradients = 2 * x.numel() * len(betas) * leapfrog_steps  # numbers of x to be handled for each chain, there and back
+
+    def densities(x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return _Path(vae, x, from_encoder, betas, leapfrog_steps).densities(z)
+
+    batch = even(len(x), max(1, at_once(x, max_elements) // num_chains))
+    for start in range(0, len(x), batch):
+        rows = slice(start, min(start + batch, len(x)))
+        path = _Path(vae, x[rows], from_encoder, betas, leapfrog_steps)
+
+        def record(z: Tensor, x: Tensor = x[rows]) -> Replay | None:
+            if z.shape not in replays:
+                replays[z.shape] = replayed(densities, [x], [z], gradients * len(z), compiled)
+            return replays[z.shape]
+
+        path.record = record
+        yield rows, path
+
+
 def _estimate(log_w: Tensor, num_temperatures: int, leapfrog_steps: int, from_encoder: bool, policy: str) -> Estimate:
     num_chains = len(log_w)
     start = "q(z|x)" if from_encoder else "the prior"
@@ -347,10 +397,7 @@ def _check(
     if hasattr(vae, "encoder"):
         check_vae(vae, x[:2])
     with untouched(vae):
-        if not is_normalised(vae.decoder(vae.prior().sample((1,)))):
-            raise ValueError(
-                f"expected a likelihood, found a score in the place of p(x | z) ({NO_LIKELIHOOD}): use a likelihood."
-            )
+        require_likelihood(vae.decoder(vae.prior().sample((1,))))
         pieces = {"prior()": vae.prior()} | ({"encoder(x)": vae.encoder(x[:1])} if from_encoder else {})
     for call, p in pieces.items():
         base: Any = p

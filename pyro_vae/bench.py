@@ -6,195 +6,80 @@ parameters, each timed by itself in the same turns.
 """
 
 import importlib.metadata
+import importlib.util
 import math
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
-import pyro.infer
-import pyro.optim
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from pyro_vae.compiling import FastSVI
-from pyro_vae.decoders import Decoder
-from pyro_vae.encoders import DiagonalNormal
-from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.networks import Mlp
-from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.optimizers import Adam
 from pyro_vae.plots import BLUE, GREY, VERMILION
-from pyro_vae.priors import StandardNormal
-from pyro_vae.vae import VAE
-
-Step = Callable[[], float]
+from pyro_vae.workloads import WAYS, WORKLOADS, HandWritten, Run, Workload
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A fully connected VAE on binary data: sizes as in well-known programs.
+class Products(TorchDispatchMode):
+    """Notes the matrix products and convolutions that run under it, with operands of their shapes and layouts."""
 
-    Args:
-        widths: inputs and hidden layers of the encoder; the decoder mirrors them.
-        latent_dim: number of latent dimensions D.
-        activation: between the layers.
-        batch_size: examples a step, B.
-        num_particles: draws of z for each example, K; more than one: the importance-weighted bound.
-        origin: where these sizes come from.
-    """
-
-    widths: tuple[int, ...]
-    latent_dim: int
-    activation: type[nn.Module]
-    batch_size: int
-    num_particles: int = 1
-    origin: str = ""
-
-    def layers(self) -> list[tuple[int, int, int]]:
-        """Inputs, outputs and rows of each matrix product of a forward pass."""
-        encoder = [*self.widths, 2 * self.latent_dim]
-        decoder = [self.latent_dim, *self.widths[::-1]]
-        rows = [(encoder, self.batch_size), (decoder, self.batch_size * self.num_particles)]
-        return [(i, o, n) for sizes, n in rows for i, o in pairwise(sizes)]
-
-    def describe(self) -> str:
-        """Sizes in one line."""
-        sizes = "-".join(map(str, self.widths)) + f"-z{self.latent_dim}"
-        particles = f", K={self.num_particles}" if self.num_particles > 1 else ""
-        return f"{sizes} {self.activation.__name__}, B={self.batch_size}{particles}"
-
-
-WORKLOADS = {
-    "W1": Workload((784, 400), 50, nn.Softplus, 256, origin="Pyro's example"),
-    "W1b": Workload((784, 400), 50, nn.Softplus, 128, origin="Pyro's example, half the batch"),
-    "Wk": Workload((784, 512), 2, nn.ReLU, 128, origin="Keras tutorials"),
-    "Wc": Workload((784, 300, 300), 40, nn.ReLU, 100, origin="three layers"),
-    "tiny": Workload((7, 8), 2, nn.ReLU, 32, origin="the smallest"),
-    "iwae": Workload((784, 200, 200), 50, nn.Tanh, 20, 50, origin="Burda et al., K=50"),
-}
-
-
-class HandWritten(nn.Module):
-    """The same model without Pyro: the loss of a batch from the densities' formulas, as one would write it in torch."""
-
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        widths, d = workload.widths, workload.latent_dim
-        self.num_particles = workload.num_particles
-        self.encoder = Mlp(*widths, 2 * d, activation=workload.activation)
-        self.decoder = Mlp(d, *widths[::-1], activation=workload.activation)
+        self.calls: list[tuple[Any, Any]] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Minus the bound, summed over the batch."""
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        noise = torch.randn(self.num_particles, *loc.shape, device=x.device)
-        z = loc + log_scale.exp() * noise
-        h = self.decoder(z)
-        log_px = -nn.functional.binary_cross_entropy_with_logits(h, x.expand_as(h), reduction="none").sum(-1)
-        log_w = log_px + (-0.5 * z.square() + 0.5 * noise.square() + log_scale).sum(-1)  # the constants cancel
-        return -(log_w.logsumexp(0) - math.log(self.num_particles)).sum()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in flop_registry:
+            self.calls.append((func, tree_map_only(Tensor, Tensor.clone, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
 
 
-def make_vae(workload: Workload, name: str) -> VAE:
-    """The same model as two Pyro programs."""
-    widths, d = workload.widths, workload.latent_dim
-    decoder = Decoder(Mlp(d, *widths[::-1], activation=workload.activation), Bernoulli())
-    encoder = DiagonalNormal(Mlp(*widths, 2 * d, activation=workload.activation))
-    return VAE(StandardNormal(d), decoder, encoder, name=name)
+def products(workload: Workload, device: torch.device) -> Run:
+    """The matrix products and convolutions of one step alone, forward and backward."""
+    module, x = HandWritten(workload).to(device), workload.draw(device)
+    with Products() as products:
+        module(x).backward()
 
-
-def _pyro_step(workload: Workload, x: Tensor, name: str, objective: Any, svi_class: Any = SVI) -> Step:
-    vae = make_vae(workload, name).to(x.device)
-    adam = pyro.optim.Adam({"lr": 1e-3})  # type: ignore[attr-defined]  # made at import
-    svi = svi_class(vae.model, vae.guide, adam, objective)
-    return lambda: svi.step(x)
-
-
-def _stock(workload: Workload, x: Tensor) -> Step:
-    k = workload.num_particles
-    many = {"num_particles": k, "vectorize_particles": True, "max_plate_nesting": 1}
-    return _pyro_step(workload, x, "stock", Trace_ELBO() if k == 1 else RenyiELBO(alpha=0, **many))
-
-
-def _jit(workload: Workload, x: Tensor) -> Step:
-    return _pyro_step(workload, x, "jit", JitTrace_ELBO(ignore_jit_warnings=True))
-
-
-def _captured(workload: Workload, x: Tensor) -> Step:
-    k = workload.num_particles
-    return _pyro_step(workload, x, "captured", ELBO() if k == 1 else IWAE(num_particles=k), FastSVI)
-
-
-def _by_hand(workload: Workload, x: Tensor, compiled: bool = False) -> Step:
-    module = HandWritten(workload).to(x.device)
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
-    loss_of = torch.compile(module, fullgraph=True) if compiled else module
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(x)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def _compiled_by_hand(workload: Workload, x: Tensor) -> Step:
-    return _by_hand(workload, x, compiled=True)
-
-
-WAYS: dict[str, Callable[[Workload, Tensor], Step]] = {
-    "stock SVI": _stock,
-    "JitTrace_ELBO": _jit,
-    "torch by hand": _by_hand,
-    "torch.compile by hand": _compiled_by_hand,
-    "FastSVI": _captured,
-}
-
-
-def products(workload: Workload, device: torch.device) -> Step:
-    """The matrix products of one step alone, forward and backward."""
-    work: list[tuple[Tensor, Tensor]] = []
-    for place, (i, o, rows) in enumerate(workload.layers()):
-        x, weight, gradient = (torch.randn(s, device=device) for s in ((rows, i), (o, i), (rows, o)))
-        work += [(x, weight.T), (gradient.T, x)] + [(gradient, weight)] * (place > 0)
-
-    def step() -> float:
-        for left, right in work:
-            torch.mm(left, right)
+    def run(count: int) -> float:
+        with torch.no_grad():
+            for _ in range(count):
+                for func, (args, kwargs) in products.calls:
+                    func(*args, **kwargs)
         return 0.0
 
-    return step
+    return run
 
 
-def update(workload: Workload, device: torch.device) -> Step:
+def update(workload: Workload, device: torch.device) -> Run:
     """The optimiser alone: Adam's kernel reads parameters, gradients and two means, and writes three of them back."""
-    parameters = [nn.Parameter(torch.randn(o, i, device=device)) for i, o, _ in workload.layers()]
+    parameters = [nn.Parameter(p.detach().to(device)) for p in HandWritten(workload).parameters()]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer = Adam(parameters)
 
-    def step() -> float:
-        optimizer.step()
+    def run(count: int) -> float:
+        for _ in range(count):
+            optimizer.step()
         return 0.0
 
-    return step
+    return run
 
 
 def num_operations(workload: Workload) -> int:
-    """Multiplications and additions of the matrix products of one step."""
-    return sum(2 * i * o * n * (2 + (place > 0)) for place, (i, o, n) in enumerate(workload.layers()))
+    """Multiplications and additions of the matrix products and convolutions of one step."""
+    module, x = HandWritten(workload), workload.draw(torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        module(x).backward()
+    return counter.get_total_flops()
 
 
 def measure(workload: Workload, repeats: int = 7, seconds: float = 0.3, seed: int = 0) -> dict[str, Any]:
@@ -212,72 +97,73 @@ def measure(workload: Workload, repeats: int = 7, seconds: float = 0.3, seed: in
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
-    x = (torch.rand(workload.batch_size, workload.widths[0], device=device) < 0.3).float()
-    steps: dict[str, Step] = {}
+    x = workload.draw(device)
+    runs: dict[str, Run] = {}
     results: dict[str, dict[str, Any]] = {}
     with pyro.get_param_store().scope():
         for name, make in WAYS.items():
-            if name == "JitTrace_ELBO" and workload.num_particles > 1:
-                results[name] = {"skipped": "Pyro has no compiled importance-weighted bound"}
-                continue
             torch.manual_seed(seed)
             start = time.perf_counter()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    step = make(workload, x)
-                    first = [step() for _ in range(3)]
+                    run = make(workload, x)
+                    first = run(1)
+                    run(2)
             except Exception as error:  # a way that does not run here, no compiler say, is told and left out
                 results[name] = {"skipped": " ".join(str(error).split())[:200]}
                 continue
-            steps[name] = step
-            results[name] = {"build": time.perf_counter() - start, "first_loss": first[0]}
-        steps |= {"products": products(workload, device), "update": update(workload, device)}
+            runs[name] = run
+            results[name] = {"build": time.perf_counter() - start, "first_loss": first}
+        runs |= {"products": products(workload, device), "update": update(workload, device)}
         results |= {"products": {}, "update": {}}
-        counts = {name: _count(step, seconds, device) for name, step in steps.items()}
+        counts = {name: _count(run, seconds, device) for name, run in runs.items()}
         for result in results.values():
             if "skipped" not in result:
                 result.update(wall=[], cpu=[])
         for _ in range(repeats):
-            for name, step in steps.items():
-                wall, cpu = _time(step, counts[name], device)
+            for name, run in runs.items():
+                wall, cpu = _time(run, counts[name], device)
                 results[name]["wall"].append(wall)
                 results[name]["cpu"].append(cpu)
     return results
 
 
-def _time(step: Step, count: int, device: torch.device) -> tuple[float, float]:
+def _time(run: Run, count: int, device: torch.device) -> tuple[float, float]:
     """Seconds a step, on the clock and of the processor."""
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(count):
-        step()
+    run(count)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
 
 
-def _count(step: Step, seconds: float, device: torch.device) -> int:
-    return max(1, min(1000, round(seconds / max(_time(step, 2, device)[0], 1e-6))))
+def _count(run: Run, seconds: float, device: torch.device) -> int:
+    return max(1, min(1000, round(seconds / max(_time(run, 2, device)[0], 1e-6))))
 
 
-def ratios(results: dict[str, dict[str, Any]], clock: str = "wall") -> dict[str, tuple[float, float, float]]:
-    """How many times as fast as stock SVI each way is: lower quartile, median, upper quartile over the rounds.
+def ratios(
+    results: dict[str, dict[str, Any]], clock: str = "wall", base: str = "stock SVI"
+) -> dict[str, tuple[float, float, float]]:
+    """How many times as fast as the base each way is: lower quartile, median, upper quartile over the rounds.
 
-    The last entry, "floor", has the matrix products and the optimiser's update alone.
+    The last entry, "floor", has the matrix products and, where it was measured, the optimiser's update alone.
 
     Args:
         results: what :func:`measure` gave.
         clock: "wall", or "cpu" for the processor's own time, which other programs disturb less.
+        base: what the others are compared with.
 
     Example:
         >>> one = {"stock SVI": {"wall": [4.0, 4.0]}, "products": {"wall": [1.0, 1.0]}, "update": {"wall": [1.0, 1.0]}}
         >>> ratios(one)
         {'stock SVI': (1.0, 1.0, 1.0), 'floor': (2.0, 2.0, 2.0)}
     """
-    stock = results["stock SVI"][clock]
+    stock = results[base][clock]
     times = {name: r[clock] for name, r in results.items() if clock in r and name not in ("products", "update")}
-    pairs = zip(results["products"][clock], results["update"][clock], strict=True)
-    times["floor"] = [a + b for a, b in pairs]
+    parts = [results[name][clock] for name in ("products", "update") if name in results]
+    if parts:
+        times["floor"] = [sum(part) for part in zip(*parts, strict=True)]
     found = {}
     for name, values in times.items():
         low, middle, high = np.quantile([s / v for s, v in zip(stock, values, strict=True)], [0.25, 0.5, 0.75])
@@ -300,6 +186,7 @@ def machine() -> dict[str, Any]:
         "load": round(_load(), 2),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "pyro-ppl")},
+        **{name: importlib.metadata.version(name) for name in ("numpyro", "jax") if importlib.util.find_spec(name)},
     }
 
 
@@ -362,7 +249,7 @@ def speed_bars(found: dict[str, dict[str, tuple[float, float, float]]], ax: Axes
     ways = [name for name in WAYS if any(name in r for r in found.values())]
     if ax is None:
         ax = Figure(figsize=(1.6 + 1.5 * len(found), 4.2), layout="constrained").add_subplot()
-    colours = ["0.75", "#E69F00", "#56B4E9", VERMILION, BLUE]
+    colours = ["0.75", "#E69F00", "#56B4E9", VERMILION, "#CC79A7", BLUE, "#009E73"]
     width = 0.8 / len(ways)
     for j, way in enumerate(ways):
         places = [(i, r[way]) for i, r in enumerate(found.values()) if way in r]
@@ -385,17 +272,26 @@ def speed_bars(found: dict[str, dict[str, tuple[float, float, float]]], ax: Axes
     return ax
 
 
+Further = Callable[[int], tuple[dict[str, Any], str]]  # rounds -> result, lines to read
+
+
 def bench(
-    names: Sequence[str], repeats: int, seconds: float, threads: int | None, on_result: Callable[[str], None]
+    names: Sequence[str],
+    repeats: int,
+    seconds: float,
+    threads: int | None,
+    on_result: Callable[[str], None],
+    further: Mapping[str, Further],
 ) -> dict[str, Any]:
     """Measure several workloads; the number of threads is put back.
 
     Args:
-        names: keys of ``WORKLOADS``.
+        names: keys of ``WORKLOADS`` or of ``further``.
         repeats: rounds.
         seconds: about how long one turn lasts.
         threads: threads of torch; None: as they are.
         on_result: called with each workload's table.
+        further: what is no training step and measures itself.
 
     Returns:
         Machine, and for each workload its sizes, times and ratios: what ``pyro-vae bench --json`` prints.
@@ -407,6 +303,10 @@ def bench(
     try:
         result: dict[str, Any] = {"machine": machine(), "repeats": repeats, "workloads": {}}
         for name in names:
+            if name in further:
+                result["workloads"][name], text = further[name](repeats)
+                on_result(text)
+                continue
             times = measure(WORKLOADS[name], repeats, seconds)
             result["workloads"][name] = {
                 "sizes": WORKLOADS[name].describe(),

@@ -9,7 +9,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pyro_vae.contracts import is_discrete, untouched
+from pyro_vae.contracts import is_discrete, is_real, require_likelihood, untouched
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def simulation_based_calibration(
         The ranks, [N, D].
 
     Raises:
-        ValueError: an argument below 1, or a discrete z, whose ranks would be ties.
+        ValueError: an argument below 1, a discrete z, whose ranks would be ties, or a score in the place of p(x | z).
 
     Source: Talts, Betancourt, Simpson, Vehtari, Gelman (2018), Validating Bayesian inference algorithms with
         simulation-based calibration, arXiv:1804.06788.
@@ -108,7 +108,9 @@ def simulation_based_calibration(
         while done < num_examples:
             count = min(at_once, num_examples - done)
             z = vae.prior().sample((count,))
-            x = vae.decoder(z).sample()
+            p = vae.decoder(z)
+            require_likelihood(p)
+            x = p.sample()
             draws = vae.encoder(x).sample((num_draws,))
             ranks.append((draws < z).sum(0))
             done += count
@@ -161,7 +163,7 @@ def posterior_on_grid(vae: Any, x: Tensor, limit: float = 4.0, num_points: int =
         Both densities, [B, G, G].
 
     Raises:
-        ValueError: z has not two dimensions.
+        ValueError: z is not on R^2, or a score stands in the place of p(x | z).
 
     Example:
         >>> from pyro_vae.exact import LinearGaussian
@@ -173,8 +175,11 @@ def posterior_on_grid(vae: Any, x: Tensor, limit: float = 4.0, num_points: int =
         prior = vae.prior()
         if tuple(prior.event_shape) != (2,):
             raise ValueError(f"expected two latent dimensions, found event shape {tuple(prior.event_shape)}: use NUTS.")
+        if not is_real(prior):
+            raise ValueError(f"expected z on R^2, found prior() with support {prior.support}: the grid spans R^2 only.")
         axis = torch.linspace(-limit, limit, num_points, dtype=x.dtype, device=x.device)
         grid = torch.cartesian_prod(axis, axis)
+        require_likelihood(vae.decoder(grid[:1]))
         at_once = max(1, 2**22 // (len(x) * max(1, x[0].numel())))
         q, log_joint, log_q = vae.encoder(x), [], []
         for z in grid.split(at_once):
@@ -205,11 +210,20 @@ def posterior_by_nuts(vae: Any, x: Tensor, num_samples: int = 500, warmup_steps:
     Returns:
         [num_samples, B, D]; the draws of a chain are not independent.
 
+    Raises:
+        ValueError: z is not on R^D, or a score stands in the place of p(x | z).
+
     Source: Hoffman, Gelman (2014), The No-U-Turn sampler, arXiv:1111.4246.
     """
     chains = []
     with untouched(vae, seed):
         prior = vae.prior()
+        if not is_real(prior):
+            raise ValueError(
+                f"expected z on R^D, found prior() with support {prior.support}: NUTS moves freely in R^D only; "
+                "enumerate a discrete z."
+            )
+        require_likelihood(vae.decoder(prior.sample((1,))))
         for row in x:
 
             def potential(values: dict[str, Tensor], row: Tensor = row) -> Tensor:
@@ -253,6 +267,9 @@ def posterior_predictive_check(
     Returns:
         [N], in [0, 1]; ties count half.
 
+    Raises:
+        ValueError: a statistic that is not one number an example, or a score in the place of p(x | z).
+
     Source: Gelman, Meng, Stern (1996), Posterior predictive assessment of model fitness, Statistica Sinica 6.
 
     Example:
@@ -268,6 +285,8 @@ def posterior_predictive_check(
             raise ValueError(f"expected statistic(x) of shape {tuple(x.shape[:1])}, found {tuple(seen.shape)}.")
         above = torch.zeros_like(seen, dtype=torch.float64)
         for _ in range(num_draws):
-            replicated = statistic(vae.decoder(q.sample()).sample())
+            p = vae.decoder(q.sample())
+            require_likelihood(p)
+            replicated = statistic(p.sample())
             above += (replicated > seen).double() + 0.5 * (replicated == seen).double()
         return above / num_draws

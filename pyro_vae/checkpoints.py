@@ -169,6 +169,22 @@ def save_state(
     write_atomically(path, save(tensors, {"state": json.dumps(header)}))
 
 
+def read_settings(path: Path, content: bytes) -> dict[str, Any]:
+    """The settings that a training state was written under.
+
+    Args:
+        path: its file, for messages.
+        content: what the file holds.
+
+    Raises:
+        ValueError: it is damaged, or no training state.
+    """
+    _, metadata = _parse(content, path)
+    if "state" not in metadata:
+        raise ValueError(f"{path} holds no training state, expected a file of save_state: resume another folder.")
+    return json.loads(metadata["state"])["settings"]
+
+
 def load_state(
     path: Path,
     vae: nn.Module,

@@ -8,7 +8,8 @@ What a step *computes* is the same every time, so it is recorded once and replay
    operations, so each replay draws fresh noise from torch's generator, the same noise that eager Pyro would draw.
 2. Every tensor that the graph holds (parameters, buffers, data in closures) is turned into an input, so changes in
    place are seen. A graph whose shapes depend on values is refused.
-3. Inductor compiles the graph for the processor or the GPU.
+3. Inductor compiles the graph for the processor or the GPU; on a GPU the whole of it then becomes one CUDA graph
+   (:mod:`pyro_vae.cuda_graphs`).
 4. Both ways are run from one random state and compared: loss and all gradients; then once more on other noise, other
    parameters and other data, since a value that was recorded as a constant agrees where it was recorded. If they
    differ, eager Pyro stays.
@@ -40,7 +41,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_vae.cuda_graphs import Recorded, can_record, generators_of, host_traffic
 from pyro_vae.optimizers import register, torch_optimizer
+from pyro_vae.traceable import PlainDraws, assigned_in_place, dense_enumeration
 
 TOLERANCE = 1e-3  # relative, of loss and gradients; float32 sums in another order differ by some 1e-6
 # fallback_random keeps eager's noise; rearranged memory layouts cost more than they gain in small convolutions.
@@ -63,6 +66,10 @@ class CompiledStep:
         backend: "inductor" compiles the graph; "replay" runs it operation by operation (no compiler needed, exactly
             eager's numbers). Where inductor cannot compile, the graph is replayed.
         state: tensors besides the module's buffers that the function changes in place, such as a step counter.
+        record: on a GPU, record the graph in a CUDA graph; False where the caller records more than this step.
+        tolerance: of the comparison with eager Pyro, relative.
+        rows: compile only calls whose first argument has so many rows; others, such as the last batch of an epoch, are
+            too rare for it and are replayed.
 
     Example:
         >>> weight = torch.ones(3, requires_grad=True)
@@ -86,11 +93,18 @@ class CompiledStep:
         warm: int = 1,
         backend: Literal["inductor", "replay"] = "inductor",
         state: Sequence[Tensor] = (),
+        record: bool = True,
+        tolerance: float = TOLERANCE,
+        rows: int | None = None,
     ) -> None:
         self.function, self.parameters, self.module, self.state = function, list(parameters), module, list(state)
-        self.warm, self.backend = warm, backend
+        self.warm, self.backend, self.record, self.tolerance = warm, backend, record, tolerance
+        self.rows = rows
+        self._parts = list(module.modules())
+        self.assigned: dict[str, Tensor] = {}  # entries of Pyro's store that the function assigns
         self._calls: dict[Any, int] = {}
         self._graphs: dict[Any, _Graph | str] = {}
+        self._changes = 0  # found by ``check``
 
     def __call__(self, *args: Tensor) -> Any:
         """Run the function; gradients are set anew, not added."""
@@ -102,9 +116,7 @@ class CompiledStep:
             try:
                 self._graphs[key] = _Graph(self, args)
             except Exception as error:  # whatever goes wrong in tracing or compiling, eager Pyro is still right
-                reason = _plain(error)
-                self._graphs[key] = reason
-                warnings.warn(f"this step runs as eager Pyro, not compiled: {reason}", RuntimeWarning, stacklevel=2)
+                self._fall_back(key, _plain(error))
         graph = self._graphs[key]
         return self._eager(*args) if isinstance(graph, str) else graph(*args)
 
@@ -116,10 +128,40 @@ class CompiledStep:
             lines.append(f"({shapes}): {f'eager, since {graph}' if isinstance(graph, str) else graph.explain()}")
         return "\n".join(lines) or "nothing captured yet: a step is captured on its second call."
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why not all that was captured so far can be recorded in a CUDA graph; None if it can."""
+        found = (graph if isinstance(graph, str) else graph.obstacle for graph in self._graphs.values())
+        return next(filter(None, found), None)
+
+    def state_key(self) -> Any:
+        """What a captured step depends on beside its arguments: train or eval, and what is trained."""
+        flags = tuple(part.training for part in self._parts)
+        return flags, tuple(parameter.requires_grad for parameter in self.parameters), self._changes
+
+    def check(self, *args: Tensor) -> None:
+        """Compare with eager Pyro once more, without a trace, and stay eager if they differ by now.
+
+        For callers between whose calls a program's Python numbers may have been changed.
+        """
+        key = self._signature(args)
+        graph = self._graphs.get(key)
+        if isinstance(graph, _Graph):
+            try:
+                with _rewound(self.parameters, [*self.module.buffers(), *self.state], args) as rewind, torch.no_grad():
+                    graph.compare(args, rewind, "by now")
+            except NotCapturable as error:
+                self._changes += 1
+                self._fall_back(self._signature(args), str(error))
+
+    def _fall_back(self, key: Any, reason: str) -> None:
+        self._graphs[key] = reason
+        warnings.warn(f"this step runs as eager Pyro, not compiled: {reason}", RuntimeWarning, stacklevel=3)
+
     def _eager(self, *args: Tensor) -> Any:
         for parameter in self.parameters:
             parameter.grad = None
-        with torch.enable_grad():
+        with torch.enable_grad(), assigned_in_place(self.assigned):
             return self.function(*args)
 
     def _name(self, parameter: Tensor) -> str:
@@ -127,9 +169,25 @@ class CompiledStep:
         return next((name for name, p in named if p is parameter), f"a parameter {list(parameter.shape)}")
 
     def _signature(self, args: tuple[Tensor, ...]) -> Any:
-        flags = tuple(part.training for part in self.module.modules())
-        trained = tuple(parameter.requires_grad for parameter in self.parameters)
-        return tuple((a.shape, a.dtype, a.device) for a in args), flags, trained
+        return (tuple((a.shape, a.dtype, a.device) for a in args), *self.state_key())
+
+
+def capturable(function: Callable[..., Any], *args: Tensor) -> bool:
+    """Whether a function of tensors is one graph of tensor operations, on other numbers too; it leaves no trace.
+
+    Args:
+        function: tensors -> tensor or tuple of tensors.
+        args: what to try it on.
+
+    Example:
+        >>> capturable(lambda x: x / 255, torch.arange(3.0)), capturable(lambda x: x[x > 0], torch.arange(3.0))
+        (True, False)
+    """
+    try:
+        _Graph(CompiledStep(function, [], nn.Module(), backend="replay", record=False), args)
+    except Exception:  # whatever it is, the function runs outside the graph
+        return False
+    return True
 
 
 class _Graph:
@@ -146,35 +204,49 @@ class _Graph:
                 out = step._eager(*inputs)
             self.is_tuple = isinstance(out, tuple)
             self.parameters = [p for p in step.parameters if p.grad is not None]  # an optimiser skips the others
-            values = out if self.is_tuple else (out,)
+            device = next((t.device for t in [*step.parameters, *inputs]), None)
+            values = [torch.as_tensor(value, device=device) for value in (out if self.is_tuple else (out,))]  # inf, say
             self.names = ["the loss"] if len(values) == 1 else [f"value {i} of the loss" for i in range(len(values))]
             self.names += [f"the gradient of {step._name(p)}" for p in self.parameters]
             return [*values, *(p.grad for p in self.parameters)]
 
-        buffers = [*step.module.buffers(), *step.state]
+        compiles = step.backend == "inductor" and step.rows in (None, len(args[0]) if args else None)
+        trained = {id(p) for p in step.parameters}
+        others = [p for _, p in pyro.get_param_store().named_parameters() if id(p) not in trained]
+        buffers = [*step.module.buffers(), *step.state, *others]
         with _rewound(step.parameters, buffers, args) as rewind, torch.no_grad():
             with _store_kept():
                 graph = make_fx(record, tracing_mode="real")(*args)
+            graph.graph.eliminate_dead_code()  # a plate counts its examples, say; draws stay
             held, lifted = _lift(graph)
             known = [*step.parameters, *buffers, *args]
             _refuse_constants(graph, dict(zip(held, lifted, strict=True)), known, self.names)
             self.inputs = [tensor.detach() for tensor in lifted]
             rewind()
             self.run: Callable[..., Any]
-            if step.backend == "inductor":
+            if compiles:
                 graph = make_fx(graph, tracing_mode="fake")(*self.inputs, *args)  # gives each node its shape and type
             self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
             self.how, self.run = "replayed", graph
-            if step.backend == "inductor":
+            if compiles:
                 try:
                     self.how, self.run = "compiled", _compile(graph, [*self.inputs, *args])
                 except Exception as error:  # no C++ compiler, say: the graph still spares the Python of each step
                     reason = " ".join(str(error).split())[:200]
                     warnings.warn(f"not compiled, replayed as it is: {reason}", RuntimeWarning, stacklevel=4)
-            self.error = self._compare(args, rewind)
+            self.error = self.compare(args, rewind)
             self._compare_elsewhere(args, rewind)
+        device = next((t.device for t in [*step.parameters, *args]), torch.device("cpu"))
+        self.obstacle = host_traffic(graph, device)
+        self.recorded: Recorded | None = None
+        if step.record and self.obstacle is None and can_record(device):
+            self.recorded = Recorded(self._run, device, generators_of(graph))
 
-    def _compare(self, args: tuple[Tensor, ...], rewind: Callable[[], None], where: str = "on the same noise") -> float:
+    def _run(self, *args: Tensor) -> Any:
+        with torch.no_grad():
+            return self.run(*self.inputs, *args)
+
+    def compare(self, args: tuple[Tensor, ...], rewind: Callable[[], None], where: str = "on the same noise") -> float:
         """The largest relative difference from eager Pyro from one random state."""
         rewind()
         with _store_kept():
@@ -183,17 +255,20 @@ class _Graph:
         if any((p.grad is None) == any(p is q for q in self.parameters) for p in self.step.parameters):
             raise NotCapturable("its gradients reach other parameters from one step to the next")
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        kept = [tensor.detach().clone() for tensor in self.step.assigned.values()]
         rewind()
         captured = [torch.as_tensor(t).clone() for t in self.run(*self.inputs, *args)]
+        captured += [tensor.detach() for tensor in self.step.assigned.values()]
         size = torch.stack([g.double().norm() for g in gradients] or [torch.zeros(())]).norm()  # one for all gradients
         scales = [value.double().norm() for value in values] + [size] * len(gradients)
-        pairs = zip(captured, [*values, *gradients], scales, strict=True)
+        scales += [tensor.double().norm() for tensor in kept]
+        pairs = zip(captured, [*values, *gradients, *kept], scales, strict=True)
         differences = [
             (torch.where(a == b, 0.0, a.double() - b.double()), scale) for a, b, scale in pairs
         ]  # inf is inf
         errors = [float(difference.norm() / scale.clamp(min=1e-12)) for difference, scale in differences]
-        for error, name in zip(errors, self.names, strict=True):
-            if not error <= TOLERANCE:
+        for error, name in zip(errors, [*self.names, *self.step.assigned], strict=True):
+            if not error <= self.step.tolerance:
                 raise NotCapturable(
                     f"{name} of the captured step differs from eager Pyro by {error:.1e} {where}: pass what changes "
                     "from step to step as a tensor, and compute with tensors throughout"
@@ -217,11 +292,10 @@ class _Graph:
                 self.step._eager(*turned)
         except Exception:  # rows that must stand in order, such as sequences by their length
             turned = args
-        self._compare(turned, elsewhere, "once noise, parameters or data are others")
+        self.compare(turned, elsewhere, "once noise, parameters or data are others")
 
     def __call__(self, *args: Tensor) -> Any:
-        with torch.no_grad():
-            out = self.run(*self.inputs, *args)
+        out = (self.recorded or self._run)(*args)
         count = len(out) - len(self.parameters)
         for parameter, gradient in zip(self.parameters, out[count:], strict=True):
             parameter.grad = gradient
@@ -229,11 +303,16 @@ class _Graph:
             for parameter in self.step.parameters:
                 if all(parameter is not p for p in self.parameters):
                     parameter.grad = None
-        return tuple(out[:count]) if self.is_tuple else out[0]
+        values = out[:count]
+        if self.recorded is not None:  # the next replay writes into the same memory
+            values = [value.clone() if isinstance(value, Tensor) else value for value in values]
+        return tuple(values) if self.is_tuple else values[0]
 
     def explain(self) -> str:
         """One line."""
-        return f"{self.how}, {self.num_operations} operations; {self.error:.0e} from eager Pyro on the same noise"
+        recorded = ", in a CUDA graph" if self.recorded is not None and self.recorded.failure is None else ""
+        how = f"{self.how}{recorded}, {self.num_operations} operations"
+        return f"{how}; {self.error:.0e} from eager Pyro on the same noise"
 
 
 _MASK_INDEX = "{} gives a shape that depends on values: use torch.where instead of a mask index"
@@ -265,7 +344,7 @@ def _recording() -> Iterator[None]:
     Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]  # of those that were made before, with validation on
     site = _LastSite()
     try:
-        with pyro.validation_enabled(False), _NoHostCopies(), site:
+        with pyro.validation_enabled(False), _NoHostCopies(), PlainDraws(), dense_enumeration(), site:
             yield
     except Exception as error:
         error.__dict__.setdefault("site", site.name)
@@ -287,8 +366,8 @@ def _store_kept() -> Iterator[None]:
         store.set_state(state)
     if assigned:
         raise NotCapturable(
-            f"the step assigns {assigned[0]!r} in Pyro's parameter store, as decaying average baselines do: "
-            "use a baseline network (nn_baseline) or none"
+            f"the step gives {assigned[0]!r} in Pyro's parameter store another tensor, and a gradient or another "
+            "shape: change it in place"
         )
 
 
@@ -321,8 +400,9 @@ def _plain(error: Exception) -> str:
 def _is_users(filename: str) -> bool:
     """Whether a line of code is the user's, or of this library's terms, rather than the machinery's."""
     inner = [Path(module.__file__).parent for module in (torch, pyro)]  # type: ignore[arg-type]
-    path = Path(filename)
-    return not filename.startswith("<") and path != Path(__file__) and not any(map(path.is_relative_to, inner))
+    path, ours = Path(filename), Path(__file__)
+    machinery = ours, ours.with_name("traceable.py")
+    return not filename.startswith("<") and path not in machinery and not any(map(path.is_relative_to, inner))
 
 
 @contextmanager
@@ -421,7 +501,9 @@ def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Inductor directly where this torch has it (private, a few per cent faster), else the public way."""
     direct = getattr(importlib.import_module("torch._inductor"), "compile", None)
     if direct is not None:
-        return direct(graph, inputs, options=_OPTIONS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's about itself, which would end it where warnings are errors
+            return direct(graph, inputs, options=_OPTIONS)
     return torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
@@ -513,7 +595,7 @@ class FastSVI:
 
     def _first(self, *args: Any, **kwargs: Any) -> Any:
         """Eager Pyro; notes the parameters that it used."""
-        with pyro.poutine.trace(param_only=True) as used:
+        with pyro.poutine.trace(param_only=True) as used, assigned_in_place({}):
             loss = self._loss_and_grads(*args, **kwargs)
         sites = {name: _unconstrained(site["value"]) for name, site in used.trace.nodes.items()}
         named = {name: p for name, p in sites.items() if p.grad is not None}
@@ -541,6 +623,9 @@ class FastSVI:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, list[Tensor], Callable[[Sequence[Tensor]], tuple[Any, Any]]]:
         """What tells one captured step from another (None where that cannot be told), its tensors, and the way back."""
+        if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # mostly, and a walk takes as long as a step
+            shapes = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
+            return ("", (), shapes), list(args), lambda tensors: (tuple(tensors), {})
         leaves, structure = pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -573,8 +658,8 @@ class FastSVI:
 
     def _store_changed(self) -> bool:
         """Whether the parameter store holds other tensors by now (cleared, loaded, or taken over by another model)."""
-        store = pyro.get_param_store()
-        return any(name not in store or _unconstrained(store[name]) is not p for name, p in self._named.items())
+        stored = dict(pyro.get_param_store().named_parameters())
+        return any(stored.get(name) is not p for name, p in self._named.items())
 
 
 def _unconstrained(value: Any) -> Tensor:

@@ -342,6 +342,21 @@ def is_normalised(p: Any) -> bool:
     return getattr(p, "is_normalised", True)
 
 
+def require_likelihood(p: Any) -> None:
+    """Refuse a score in the place of p(x | z): what would be claimed from it is about p(x), and there is none.
+
+    Args:
+        p: what the decoder gives.
+
+    Raises:
+        ValueError: p is no distribution over x.
+    """
+    if not is_normalised(p):
+        raise ValueError(
+            f"expected a likelihood, found a score in the place of p(x | z) ({NO_LIKELIHOOD}): use a likelihood."
+        )
+
+
 def check_support(p: Distribution, x: Tensor) -> None:
     """Refuse data that the likelihood gives no probability, naming one offending value.
 
@@ -402,6 +417,15 @@ def is_discrete(d: Distribution) -> bool:
         return bool(plain_support(d).is_discrete)
     except NotImplementedError:
         return False
+
+
+def is_real(d: Distribution) -> bool:
+    """Whether it is over all of R^D; a distribution that does not say counts as such."""
+    real = torch.distributions.constraints.real, torch.distributions.constraints.real_vector
+    try:
+        return plain_support(d) in real
+    except NotImplementedError:
+        return True
 
 
 def code(q: Distribution) -> Tensor:

@@ -8,19 +8,17 @@ The first shrinks with more examples only, the second with more draws of z for e
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_vae import tails
-from pyro_vae.contracts import NO_LIKELIHOOD, check_vae, is_normalised, untouched
-from pyro_vae.terms import Program, Terms, check_num_particles, draw
-from pyro_vae.vae import VAE
+from pyro_vae.contracts import NO_LIKELIHOOD, is_normalised, untouched
+from pyro_vae.passes import passes
+from pyro_vae.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,9 @@ def paired_difference(a: Estimate, b: Estimate) -> Difference:
         The difference a - b.
 
     Raises:
-        ValueError: the two were made of differently prepared data, of other numbers of examples, or in other units.
+        ValueError: the two were made of differently prepared data, of other numbers of examples, or in other units; or
+            both are importance-weighted bounds of different K, whose difference would be one of K. (An exact value,
+            or an ELBO, against such a bound is how loose the bound is.)
 
     Example:
         >>> a = Estimate("log p(x)", torch.tensor([-80.0, -90.0]), 100, "static")
@@ -226,8 +226,19 @@ def paired_difference(a: Estimate, b: Estimate) -> Difference:
                 f"expected equal {what}, found {of_a!r} and {of_b!r}: numbers about different data cannot be compared; "
                 "evaluate both on one data set."
             )
+    if a.name == b.name and _rises_with_draws(a) and _rises_with_draws(b) and a.num_particles != b.num_particles:
+        raise ValueError(
+            f"expected equal num_particles, found {a.num_particles} and {b.num_particles}: {a.name} is a bound that "
+            "rises with K, so the difference would be one of K; evaluate both with one K (what K gains is "
+            "a.values - b.values)."
+        )
     name = a.name if a.name == b.name else f"{a.name} against {b.name}"
     return Difference(name, a.values.to(b.values) - b.values, a.units)
+
+
+def _rises_with_draws(estimate: Estimate) -> bool:
+    """Whether it is :func:`log_evidence` of K draws; an ELBO has one mean for all K, annealing says its method."""
+    return estimate.num_particles > 0 and not estimate.method and "log p(x)" in estimate.name
 
 
 def with_error(mean: float, error: float) -> str:
@@ -237,7 +248,14 @@ def with_error(mean: float, error: float) -> str:
 
 
 def elbo_terms(
-    vae: Any, x: Tensor, num_particles: int = 1, *, seed: int = 0, policy: str = "", max_elements: int = 2**22
+    vae: Any,
+    x: Tensor,
+    num_particles: int = 1,
+    *,
+    seed: int = 0,
+    policy: str = "",
+    max_elements: int | None = None,
+    compiled: bool | None = None,
 ) -> dict[str, Estimate]:
     r"""The ELBO and its two terms, from the same draws.
 
@@ -251,7 +269,9 @@ def elbo_terms(
         num_particles: number K of draws of z for each example.
         seed: seed of the draws; the random state outside is untouched.
         policy: the data policy to carry.
-        max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes.
+        max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes. None: what
+            suits the device.
+        compiled: see :func:`log_evidence`.
 
     Returns:
         Estimates named "elbo", "log_px" and "kl", nats per example. With a point-mass guide (Delta), or a score in the
@@ -267,28 +287,11 @@ def elbo_terms(
         >>> bool(torch.isclose(terms["elbo"].values, terms["log_px"].values - terms["kl"].values).all())
         True
     """
-    sums = torch.zeros(2, 3, len(x), dtype=torch.float64, device=x.device)  # of the values and of their squares
-    names, caveat = ("ELBO", "E log p(x|z)", "KL(q(z|x), p(z))"), ""
+    means = _Means()
     with untouched(vae, seed):
-        for rows, terms in _passes(vae, x, num_particles, max_elements):
-            if _has_point_mass(terms):
-                names = (
-                    "log p(x, z) at the code (no bound)",
-                    "log p(x|z) at the code",
-                    "-log p(z) at the code",
-                )
-            if _has_score(terms):
-                names, caveat = ("score - KL (no bound)", "score in place of log p(x|z)", names[2]), NO_LIKELIHOOD
-            values = torch.stack([terms.log_w, terms.log_px, terms.log_qz - terms.log_pz]).double()
-            sums[:, :, rows] += torch.stack([values.sum(1), values.square().sum(1)])
-    means, squares = sums / num_particles
-    errors: list[Tensor | None] = [None] * 3
-    if num_particles > 1:
-        errors = list(((squares - means.square()).clamp(min=0) / (num_particles - 1)).sqrt())
-    return {
-        key: Estimate(name, mean, num_particles, policy, error, caveat=caveat if key != "kl" else "")
-        for key, name, mean, error in zip(("elbo", "log_px", "kl"), names, means, errors, strict=True)
-    }
+        for rows, terms in passes(vae, x, num_particles, max_elements, compiled):
+            means.add(rows, terms, x)
+    return means.estimates(num_particles, policy)
 
 
 def elbo(vae: Any, x: Tensor, num_particles: int = 1, **settings: Any) -> Estimate:
@@ -307,7 +310,8 @@ def log_evidence(
     *,
     seed: int = 0,
     policy: str = "",
-    max_elements: int = 2**22,
+    max_elements: int | None = None,
+    compiled: bool | None = None,
 ) -> Estimate:
     r"""The log-evidence log p(x) by importance sampling from q(z|x).
 
@@ -323,8 +327,11 @@ def log_evidence(
         num_particles: number K of draws of z for each example; honoured exactly.
         seed: seed of the draws; the random state outside is untouched.
         policy: the data policy to carry.
-        max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes (300 MiB by
-            default), whatever N and K, unless the decoder's layers are far wider than x.
+        max_elements: numbers of x handled in one pass, K included; memory is some 20 times their bytes, whatever N
+            and K, unless the decoder's layers are far wider than x. None: what suits the device, 2^20 on a processor.
+        compiled: record a pass and compile it (:mod:`pyro_vae.passes`): the same draws and, up to rounding, numbers.
+            None: for long runs; True: always; False: never. What cannot be recorded runs as it is, and a warning says
+            why.
 
     Returns:
         An estimate, nats per example, higher is better.
@@ -340,43 +347,142 @@ def log_evidence(
         >>> print(log_evidence(vae, torch.ones(5, 7), num_particles=100))
         -... ± ... nats per example (K=100, n=5)...
     """
-    empty = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
-    values, errors, sizes, shapes = empty.clone(), empty.clone(), empty.clone(), empty.clone()
-    parts: list[Tensor] = []  # of the weights of some examples, until all K are there
+    weights = _Weights(num_particles)
     with untouched(vae, seed):
-        for rows, terms in _passes(vae, x, num_particles, max_elements):
-            if _has_point_mass(terms):
-                raise ValueError(
-                    "expected a guide with a density, found a point mass (Delta): log p(x) cannot be estimated; "
-                    "use another posterior, for example DiagonalNormal."
-                )
-            if _has_score(terms):
-                raise ValueError(
-                    f"expected a likelihood, found a score in the place of p(x | z) ({NO_LIKELIHOOD}): "
-                    "use elbo_terms for its value, or a likelihood for log p(x)."
-                )
-            parts.append(terms.log_w.double())
-            if sum(map(len, parts)) == num_particles:
-                log_w = torch.cat(parts)
-                parts.clear()
-                values[rows] = log_w.logsumexp(0) - math.log(num_particles)
-                sizes[rows] = tails.effective_sample_size(log_w)
-                if num_particles > 1:
-                    errors[rows] = tails.standard_error_of_log_mean(log_w)
-                if num_particles >= tails.FEWEST_DRAWS:
-                    shapes[rows] = tails.pareto_k(log_w)
-    return Estimate(
-        "log p(x)",
-        values,
-        num_particles,
-        policy,
-        errors if num_particles > 1 else None,
-        sizes,
-        shapes if num_particles >= tails.FEWEST_DRAWS else None,
-    )
+        for rows, terms in passes(vae, x, num_particles, max_elements, compiled):
+            weights.add(rows, terms, x)
+    return weights.estimate(policy)
 
 
-def log_weights(vae: Any, x: Tensor, num_particles: int = 5000, *, seed: int = 0, max_elements: int = 2**22) -> Tensor:
+def elbo_and_log_evidence(
+    vae: Any,
+    x: Tensor,
+    num_particles: int = 5000,
+    *,
+    seed: int = 0,
+    policy: str = "",
+    max_elements: int | None = None,
+    compiled: bool | None = None,
+) -> dict[str, Estimate]:
+    """What :func:`elbo_terms` and :func:`log_evidence` give at one seed, from the same draws and so at half the cost.
+
+    Args:
+        vae: a model with ``model`` and ``guide``.
+        x: data, [N, *E].
+        num_particles: number K of draws of z for each example.
+        seed: seed of the draws; the random state outside is untouched.
+        policy: the data policy to carry.
+        max_elements: see :func:`log_evidence`.
+        compiled: see :func:`log_evidence`.
+
+    Returns:
+        Estimates named "elbo", "log_px", "kl" and "log_evidence", nats per example.
+
+    Raises:
+        ValueError: as :func:`log_evidence` does.
+
+    Example:
+        >>> from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, StandardNormal
+        >>> vae = VAE(StandardNormal(2), Decoder(Mlp(2, 8, 7), Bernoulli()), DiagonalNormal(Mlp(7, 8, 4)))
+        >>> found = elbo_and_log_evidence(vae, torch.ones(5, 7), num_particles=100)
+        >>> bool((found["log_evidence"].values >= found["elbo"].values).all())
+        True
+    """
+    means, weights = _Means(), _Weights(num_particles)
+    with untouched(vae, seed):
+        for rows, terms in passes(vae, x, num_particles, max_elements, compiled):
+            weights.add(rows, terms, x)  # first: it may refuse
+            means.add(rows, terms, x)
+    return means.estimates(num_particles, policy) | {"log_evidence": weights.estimate(policy)}
+
+
+class _Means:
+    """The means of the terms over the draws and their errors, gathered pass by pass."""
+
+    def __init__(self) -> None:
+        self.names, self.caveat = ("ELBO", "E log p(x|z)", "KL(q(z|x), p(z))"), ""
+        self.sums = torch.zeros(0)
+
+    def add(self, rows: slice, terms: Terms, x: Tensor) -> None:
+        """One pass over some rows of x."""
+        if _has_point_mass(terms):
+            self.names = (
+                "log p(x, z) at the code (no bound)",
+                "log p(x|z) at the code",
+                "-log p(z) at the code",
+            )
+        if _has_score(terms):
+            self.names = ("score - KL (no bound)", "score in place of log p(x|z)", self.names[2])
+            self.caveat = NO_LIKELIHOOD
+        values = torch.stack([terms.log_w, terms.log_px, terms.log_qz - terms.log_pz]).double()
+        if not len(self.sums):
+            self.sums = torch.zeros(2, 3, len(x), dtype=torch.float64, device=x.device)  # of values and their squares
+        self.sums[:, :, rows] += torch.stack([values.sum(1), values.square().sum(1)])
+
+    def estimates(self, num_particles: int, policy: str) -> dict[str, Estimate]:
+        """By key."""
+        means, squares = self.sums / num_particles
+        errors: list[Tensor | None] = [None] * 3
+        if num_particles > 1:
+            errors = list(((squares - means.square()).clamp(min=0) / (num_particles - 1)).sqrt())
+        return {
+            key: Estimate(name, mean, num_particles, policy, error, caveat=self.caveat if key != "kl" else "")
+            for key, name, mean, error in zip(("elbo", "log_px", "kl"), self.names, means, errors, strict=True)
+        }
+
+
+class _Weights:
+    """The mean importance weight of each example and how far to trust it, once all of its K weights are there."""
+
+    def __init__(self, num_particles: int) -> None:
+        self.num_particles = num_particles
+        self.parts: list[Tensor] = []  # of the weights of some examples
+        self.found: Tensor | None = None
+
+    def add(self, rows: slice, terms: Terms, x: Tensor) -> None:
+        """One pass over some rows of x."""
+        if _has_point_mass(terms):
+            raise ValueError(
+                "expected a guide with a density, found a point mass (Delta): log p(x) cannot be estimated; "
+                "use another posterior, for example DiagonalNormal."
+            )
+        if _has_score(terms):
+            raise ValueError(
+                f"expected a likelihood, found a score in the place of p(x | z) ({NO_LIKELIHOOD}): "
+                "use elbo_terms for its value, or a likelihood for log p(x)."
+            )
+        if self.found is None:
+            self.found = torch.full((4, len(x)), math.nan, dtype=torch.float64, device=x.device)
+        values, errors, sizes, shapes = self.found
+        self.parts.append(terms.log_w.double())
+        if sum(map(len, self.parts)) == self.num_particles:
+            log_w = torch.cat(self.parts)
+            self.parts.clear()
+            values[rows] = log_w.logsumexp(0) - math.log(self.num_particles)
+            sizes[rows] = tails.effective_sample_size(log_w)
+            if self.num_particles > 1:
+                errors[rows] = tails.standard_error_of_log_mean(log_w)
+            if self.num_particles >= tails.FEWEST_DRAWS:
+                shapes[rows] = tails.pareto_k(log_w)
+
+    def estimate(self, policy: str) -> Estimate:
+        """Of all examples."""
+        assert self.found is not None
+        values, errors, sizes, shapes = self.found
+        return Estimate(
+            "log p(x)",
+            values,
+            self.num_particles,
+            policy,
+            errors if self.num_particles > 1 else None,
+            sizes,
+            shapes if self.num_particles >= tails.FEWEST_DRAWS else None,
+        )
+
+
+def log_weights(
+    vae: Any, x: Tensor, num_particles: int = 5000, *, seed: int = 0, max_elements: int | None = None
+) -> Tensor:
     """The log-weights behind :func:`log_evidence`, for a picture of them: log p(x, z) - log q(z|x).
 
     Args:
@@ -384,54 +490,16 @@ def log_weights(vae: Any, x: Tensor, num_particles: int = 5000, *, seed: int = 0
         x: a few examples, [B, *E]: all K B weights are kept.
         num_particles: number K of draws of z for each example.
         seed: seed of the draws; the random state outside is untouched.
-        max_elements: numbers of x handled in one pass, K included.
+        max_elements: numbers of x handled in one pass, K included; None: what suits the device.
 
     Returns:
         [K, B], nats.
     """
     with untouched(vae, seed):
         columns: dict[int, list[Tensor]] = {}
-        for rows, terms in _passes(vae, x, num_particles, max_elements):
+        for rows, terms in passes(vae, x, num_particles, max_elements):
             columns.setdefault(rows.start, []).append(terms.log_w.double())
         return torch.cat([torch.cat(parts) for parts in columns.values()], dim=1)
-
-
-def _passes(vae: Any, x: Tensor, num_particles: int, max_elements: int) -> Iterator[tuple[slice, Terms]]:
-    """Cut N examples by K particles into passes of bounded memory; every particle of every example comes once."""
-    if isinstance(x, Tensor) and x.dim() and len(x) == 0:
-        raise ValueError("expected at least one example, found none: x has length 0.")
-    if all(hasattr(vae, part) for part in ("prior", "decoder", "encoder")):
-        check_vae(vae, x[:2] if isinstance(x, Tensor) and x.dim() else x)
-    check_num_particles(num_particles)
-    rows_at_once = max(1, max_elements // max(1, x[0].numel()))
-    batch = min(len(x), rows_at_once, max(64, rows_at_once // num_particles))
-    batch = max(1, min(batch, max_elements // num_particles))  # the weights themselves are kept for the batch
-    particles = max(1, min(num_particles, rows_at_once // batch))
-    for start in range(0, len(x), batch):
-        rows = slice(start, min(start + batch, len(x)))
-        guide = _encoded_once(vae, x[rows])
-        for done in range(0, num_particles, particles):
-            count = min(particles, num_particles - done)
-            terms = draw(vae.model, guide, x[rows], num_particles=count)
-            if terms.log_px.shape != (count, rows.stop - rows.start):
-                raise ValueError(
-                    f"expected terms of shape {(count, rows.stop - rows.start)} (particles, examples), found "
-                    f"{tuple(terms.log_px.shape)}: put all sites of model and guide in one plate over the examples."
-                )
-            yield rows, terms
-
-
-def _encoded_once(vae: Any, x: Tensor) -> Program:
-    """The guide at x, its encoder run here and now instead of in every pass; a guide of the user's own as it is."""
-    if not isinstance(vae, VAE) or type(vae).guide is not VAE.guide:
-        return vae.guide
-    q = vae.encoder(x)
-
-    def guide(x: Tensor) -> Tensor:
-        with pyro.plate("data", len(x), dim=-1):
-            return pyro.sample("z", q)
-
-    return guide
 
 
 def _has_score(terms: Terms) -> bool:

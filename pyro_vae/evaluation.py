@@ -14,7 +14,7 @@ from pyro_vae.aggregate import Aggregate, aggregate_posterior, log_aggregate
 from pyro_vae.annealing import annealed_log_evidence
 from pyro_vae.calibration import Ranks, posterior_on_grid, simulation_based_calibration
 from pyro_vae.checkpoints import write_atomically
-from pyro_vae.contracts import is_discrete, untouched
+from pyro_vae.contracts import is_discrete, is_real, untouched
 from pyro_vae.diagnostics import Health, health
 from pyro_vae.estimates import Difference, Estimate, elbo, log_evidence, log_weights, paired_difference
 from pyro_vae.exact import log_evidence_by_enumeration, log_evidence_by_quadrature
@@ -26,7 +26,12 @@ _LIMIT = 8.0
 
 
 def quadrature(vae: Any, x: Tensor, policy: str = "") -> Estimate:
-    r"""The log-evidence of one or two latent dimensions by quadrature, with what halving the grid changes as its error.
+    r"""The log-evidence of one or two latent dimensions by quadrature, and how far it may be off.
+
+    .. math:: |\log p_h(x) - \log p_{2h}(x)| + \log\Big(1 + m \max_{z \in \text{border}} \frac{p(x \mid z)}{p_h(x)}\Big)
+
+    The first term is what halving the grid changes; m is the prior's mass beyond the grid, where p(x | z) is taken to
+    be no larger than on its border.
 
     Args:
         vae: a model with ``prior`` and ``decoder``.
@@ -37,22 +42,24 @@ def quadrature(vae: Any, x: Tensor, policy: str = "") -> Estimate:
         An estimate with K = 0, nats per example.
 
     Raises:
-        ValueError: more than two latent dimensions, a discrete z, or a prior or posterior that the grid misses.
+        ValueError: more than two latent dimensions, a z that is discrete, on the sphere or on the simplex, a prior that
+            the grid misses, or a score in the place of p(x | z).
 
     Example:
         >>> from pyro_vae.exact import LinearGaussian
         >>> model = LinearGaussian(torch.ones(3, 1), torch.zeros(3), 0.5)
         >>> print(quadrature(model.as_vae(), torch.ones(1, 3)))
-        -2.42 ± 0.00 nats (quadrature on 401 points, one example: Monte-Carlo error only)
+        -2.421387 ± 0.000000 nats (quadrature on 401 points, one example: Monte-Carlo error only)
     """
     with untouched(vae):
         prior = vae.prior()
         latent_dim = prior.event_shape[0]
-        if is_discrete(prior) or latent_dim > 2:
-            kind = "a discrete z" if is_discrete(prior) else f"{latent_dim} latent dimensions"
+        if not is_real(prior) or latent_dim > 2:
+            elsewhere = "a discrete z" if is_discrete(prior) else f"z on {prior.support}"
             raise ValueError(
-                f"expected one or two continuous latent dimensions for quadrature, found {kind}: "
-                "use enumeration for a discrete z, else importance sampling or annealing."
+                "expected one or two continuous latent dimensions for quadrature, found "
+                f"{f'{latent_dim} latent dimensions' if is_real(prior) else elsewhere}: "
+                "use enumeration for a discrete z, else importance sampling or, for z on R^D, annealing."
             )
         axis = torch.linspace(-_LIMIT, _LIMIT, _POINTS, dtype=x.dtype, device=x.device)
         grid = torch.cartesian_prod(*[axis] * latent_dim).reshape(-1, latent_dim)
@@ -66,8 +73,11 @@ def quadrature(vae: Any, x: Tensor, policy: str = "") -> Estimate:
             log_evidence_by_quadrature(vae.prior, vae.decoder, x, limit=_LIMIT, num_points=num_points).double()
             for num_points in (_POINTS, (_POINTS + 1) // 2)
         ]
+        border = grid[(grid.abs() == axis[-1]).any(1)].split(max(1, 2**22 // max(1, x.numel())))
+        highest = torch.stack([vae.decoder(z.unsqueeze(1)).log_prob(x).double().amax(0) for z in border]).amax(0)
+        beyond = (abs(with_mass - 1) * (highest - both[0]).exp()).log1p()
     method = f"quadrature on {_POINTS}{'' if latent_dim == 1 else '²'} points"
-    return Estimate("log p(x)", both[0], 0, policy, (both[0] - both[1]).abs(), method=method)
+    return Estimate("log p(x)", both[0], 0, policy, (both[0] - both[1]).abs() + beyond, method=method)
 
 
 def enumeration(vae: Any, x: Tensor, policy: str = "") -> Estimate:
@@ -180,7 +190,7 @@ def diagnose(
     log_w = log_weights(vae, few[ends], 5000, seed=seed)
     names = [f"test example {int(i)}" for i in ends]
     _save(plots.log_weights(log_w, pareto_k(log_w), names), folder / "log_weights.png", title + "importance weights")
-    if not discrete and tuple(vae.prior().event_shape) == (2,):
+    if is_real(vae.prior()) and tuple(vae.prior().event_shape) == (2,):
         _draw_plane(vae, x, data, folder, title)
     return result
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.contracts import DecoderLike, PriorLike, untouched
+from pyro_vae.contracts import DecoderLike, PriorLike, is_real, require_likelihood, untouched
 from pyro_vae.decoders import Decoder
 from pyro_vae.discrete import all_values
 from pyro_vae.encoders import DiagonalNormal, FullNormal
@@ -167,7 +167,7 @@ def log_evidence_by_quadrature(
         [B], nats.
 
     Raises:
-        ValueError: more than two latent dimensions.
+        ValueError: more than two latent dimensions, a z that is not on R^D, or a score in the place of p(x | z).
 
     Example:
         >>> from pyro_vae import StandardNormal
@@ -183,8 +183,14 @@ def log_evidence_by_quadrature(
             raise ValueError(
                 f"expected at most 2 latent dimensions for quadrature, found {latent_dim}: use log_evidence."
             )
+        if not is_real(p):
+            raise ValueError(
+                f"expected z on R^D, found prior() of type {type(p).__name__} with support {p.support}: this grid "
+                "spans R^D only; use log_evidence, or enumeration for a discrete z."
+            )
         axis = torch.linspace(-limit, limit, num_points, dtype=x.dtype, device=x.device)
         grid = torch.cartesian_prod(*[axis] * latent_dim).reshape(-1, latent_dim)
+        require_likelihood(decoder(grid[:1]))
         log_cell = latent_dim * math.log(2 * limit / (num_points - 1))
         parts = []
         at_once = max(1, min(20_000, 2**22 // max(1, x.numel())))  # memory is some 20 times 2^22 numbers
@@ -210,7 +216,8 @@ def joint_by_enumeration(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         The values of z, [S, D], and log p(x, z), [S, B], nats.
 
     Raises:
-        ValueError: z is neither a one-hot vector nor a vector of bits, or has more than 4096 values.
+        ValueError: z is neither a one-hot vector nor a vector of bits, or has more than 4096 values, or a score stands
+            in the place of p(x | z).
 
     Example:
         >>> from pyro_vae import VAE, Bernoulli, Decoder, Mlp, discrete, priors
@@ -222,6 +229,7 @@ def joint_by_enumeration(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     with untouched(vae):
         prior = vae.prior()
         z = all_values(prior)
+        require_likelihood(vae.decoder(z[:1]))
         log_pz = prior.log_prob(z).unsqueeze(1)
         rows_at_once = max(1, 2**22 // (len(z) * max(1, x[:1].numel())))
         log_px = [vae.decoder(z.unsqueeze(1)).log_prob(rows) for rows in x.split(rows_at_once)]
@@ -241,7 +249,7 @@ def log_evidence_by_enumeration(vae: Any, x: Tensor) -> Tensor:
         [B], nats.
 
     Raises:
-        ValueError: z is neither a one-hot vector nor a vector of bits, or has more than 4096 values.
+        ValueError: as :func:`joint_by_enumeration`.
 
     Example:
         >>> from pyro_vae import VAE, Bernoulli, Decoder, Mlp, discrete, priors

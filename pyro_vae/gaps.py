@@ -15,7 +15,7 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from pyro_vae.contracts import Distribution, untouched
+from pyro_vae.contracts import Distribution, require_likelihood, untouched
 from pyro_vae.estimates import Difference, Estimate, paired_difference, with_error
 
 
@@ -97,7 +97,7 @@ def refine(
         A distribution with batch shape [B], of the encoder's family.
 
     Raises:
-        ValueError: the encoder's family is another one.
+        ValueError: the encoder's family is another one, or a score stands in the place of p(x | z).
 
     Source: Kim, Wiseman, Miller, Sontag, Rush (2018), Semi-amortized variational autoencoders, arXiv:1802.02550.
 
@@ -112,6 +112,7 @@ def refine(
     with untouched(vae, seed):
         q = vae.encoder(x)
         prior, free = vae.prior(), _free_parameters(q)
+        require_likelihood(vae.decoder(free[0][:1]))
         with torch.enable_grad():
             for parameter in free:
                 parameter.requires_grad_()
@@ -160,7 +161,8 @@ def gap_report(
         The report, nats per example.
 
     Raises:
-        ValueError: the encoder's family is no normal, or ``evidence`` is about another number of examples.
+        ValueError: the encoder's family is no normal, ``evidence`` is about another number of examples, or a score
+            stands in the place of p(x | z).
 
     Source: Cremer, Li, Duvenaud (2018), Inference suboptimality in variational autoencoders, arXiv:1801.03558.
 

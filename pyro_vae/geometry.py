@@ -1,4 +1,4 @@
-r"""The geometry of z: distances between posteriors, linear subspaces, holes. Nothing is trained.
+r"""The geometry of z: distances between posteriors, linear subspaces, nearest points. Nothing is trained.
 
 .. math:: d(q(z|x_1), q(z|x_2)), \qquad \angle(\mathrm{span} A, \mathrm{span} B), \qquad \min_n \| s - z_n \|
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyro_vae.contracts import untouched
-from pyro_vae.estimates import Estimate
 
 _CHUNK = 2**24  # distances held at once
 
@@ -247,62 +246,7 @@ def tangent(vae: Any, z: Tensor) -> Tensor:
         return torch.autograd.functional.jacobian(lambda code: vae.decoder(code.unsqueeze(0)).mean.flatten(), z)
 
 
-# -------------------------------------------------------------------------------------------------------------- holes
-
-
-def ball_sites(codes: Tensor, num_sites: int = 2000, share: float = 0.99, seed: int = 0) -> Tensor:
-    """Points spread evenly over the ball, around the mean code, that holds the given share of the codes.
-
-    Args:
-        codes: [N, D].
-        num_sites: how many.
-        share: of the codes inside the ball, above 0 and at most 1.
-        seed: seed of the points.
-
-    Returns:
-        [num_sites, D] float64 on the device of the codes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    centre = codes.double().mean(0)
-    radius = (codes.double() - centre).norm(dim=1).quantile(share)
-    direction = torch.randn(num_sites, codes.shape[1], generator=generator, dtype=torch.float64)
-    length = torch.rand(num_sites, 1, generator=generator, dtype=torch.float64) ** (1 / codes.shape[1])
-    unit = torch.nn.functional.normalize(direction, dim=1) * length
-    return centre + radius * unit.to(codes.device)
-
-
-def gap_statistic(codes: Tensor, sites: Tensor, radius: float, *, policy: str = "") -> Estimate:
-    r"""The share of sites in z that no code comes near: holes, whose decoded x nothing has taught.
-
-    .. math:: g_r = \frac 1 S \sum_s 1[\min_n \| s - z_n \| > r]
-
-    Sites from the prior ask whether the prior finds holes; sites over the ball of the codes (:func:`ball_sites`) put
-    the same question to an autoencoder, which has no prior: choose r in units of that ball's radius to compare the two.
-
-    Args:
-        codes: draws or means of q(z | x), [N, D].
-        sites: where to look, [S, D].
-        radius: what counts as near, > 0.
-        policy: the data policy to carry.
-
-    Returns:
-        An estimate with values 0 and 1, [S]; 0 is a code without holes.
-
-    Raises:
-        ValueError: radius <= 0, or codes and sites of different sizes.
-
-    Example:
-        >>> gap_statistic(torch.zeros(1, 2), torch.tensor([[0.5, 0.0], [2.0, 0.0]]), radius=1.0).mean
-        0.5
-    """
-    if not radius > 0 or codes.ndim != 2 or sites.shape[1:] != codes.shape[1:]:
-        found = f"radius {radius}, codes {tuple(codes.shape)}, sites {tuple(sites.shape)}"
-        raise ValueError(f"expected a radius > 0, codes [N, D] and sites [S, D], found {found}: change what differs.")
-    far = nearest(sites.double(), codes.double(), 1)[0][:, 0] > radius
-    method = f"no code within {radius:.3g}"
-    return Estimate(
-        "gaps", far.double(), 0, policy, torch.zeros(len(far)).double(), method=method, units="of the sites"
-    )
+# ------------------------------------------------------------------------------------------------- nearest points
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

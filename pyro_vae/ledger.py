@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae.contracts import untouched
-from pyro_vae.estimates import Estimate, _has_point_mass, _passes, with_error
+from pyro_vae.estimates import Estimate, _has_point_mass, with_error
+from pyro_vae.passes import passes
 from pyro_vae.terms import Terms, check_num_particles, draw, layout
 
 
@@ -221,7 +222,7 @@ def _chunks(
 ) -> Iterator[tuple[int, Terms]]:
     """The terms in passes with the first row of each: a VAE's of bounded memory, others at once."""
     if all(hasattr(vae, part) for part in ("prior", "decoder", "encoder")) and len(args) == 1 and vectorize_particles:
-        for rows, terms in _passes(vae, args[0], num_particles, max_elements):
+        for rows, terms in passes(vae, args[0], num_particles, max_elements):
             yield rows.start, terms
         return
     model, guide = pair

@@ -6,6 +6,7 @@ parameters. torch's own ``step`` takes as long in Python as its fused kernel: Ad
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,19 +42,32 @@ class _Straight:
             self._move(group, group["eps"])
         return loss
 
+    def _counted(self, key: Any, states: list[dict[str, Any]]) -> list[Tensor]:
+        """The step counters of some parameters, one higher: parts of one tensor, so that one addition counts all."""
+        known = self.__dict__.setdefault("_counts", {})  # a copied or unpickled optimiser comes without it
+        steps = [state["step"] for state in states]
+        counts, parts = known.get(key, (None, []))
+        if len(parts) != len(steps) or not all(map(operator.is_, parts, steps)):  # new parameters, or a loaded state
+            counts = torch.stack(steps)
+            steps = list(counts.unbind())
+            known[key] = counts, steps
+            for state, step in zip(states, steps, strict=True):
+                state["step"] = step
+        counts.add_(1)
+        return steps
+
     def _move(self, group: dict[str, Any], eps: float) -> None:
         kinds: dict[Any, list[Tensor]] = {}  # the kernel takes tensors of one type and device
         for p in group["params"]:
             if p.grad is not None:
                 kinds.setdefault((p.dtype, p.device), []).append(p)
-        for parameters in kinds.values():
+        for kind, parameters in kinds.items():
             for p in parameters:
                 if not self.state[p]:
                     zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
             states = [self.state[p] for p in parameters]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
+            steps = self._counted((id(group), *kind), states)
             (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
                 parameters,
                 [p.grad for p in parameters],  # type: ignore[misc]  # none is None

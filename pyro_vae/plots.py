@@ -43,7 +43,7 @@ _OBJECTIVE = {"color": GREEN, "lw": 1.6, "ls": (0, (4, 2)), "label": "training o
 _HELD_OUT = {"color": VERMILION, "lw": 1.4, "marker": "o", "ms": 4.5, "mfc": "white", "label": "held-out"}
 
 
-def curves(history: History, ax: Axes | None = None) -> Axes:
+def curves(history: History, ax: Axes | None = None, name: str = "ELBO") -> Axes:
     """Training ELBO, held-out ELBO and the training objective (where it is not the ELBO) against the epoch.
 
     The axis is cut, and says so, where a few values (usually of the first epoch) would flatten all others.
@@ -52,6 +52,7 @@ def curves(history: History, ax: Axes | None = None) -> Axes:
         history: columns of equal length: "epoch" and any of "elbo", "valid_elbo", "valid_elbo_se" (standard
             error), "objective", in nats per example. NaN and None are gaps.
         ax: where to draw; a new figure if None.
+        name: what to call the ELBO where it is none: of a score in the place of a likelihood, "score − KL".
 
     Returns:
         The axes.
@@ -61,13 +62,13 @@ def curves(history: History, ax: Axes | None = None) -> Axes:
     objective = _column(history, "objective")
     both = np.isfinite(elbo) & np.isfinite(objective)
     same = both.any() and np.allclose(objective[both], elbo[both], rtol=1e-4, atol=1e-4)
-    lines = [(elbo, {**_TRAINING, "label": "training ELBO"})]
+    lines = [(elbo, {**_TRAINING, "label": _plain(f"training {name}")})]
     if not same:
         lines.append((objective, _OBJECTIVE))
     held_out, error = _column(history, "valid_elbo"), _column(history, "valid_elbo_se")
-    look = {**_HELD_OUT, "label": "held-out ELBO"}
+    look = {**_HELD_OUT, "label": _plain(f"held-out {name}")}
     if np.isfinite(held_out + error).any():
-        look["label"] = "held-out ELBO ± standard error"
+        look["label"] = _plain(f"held-out {name} ± standard error")
         ax.fill_between(epoch, held_out - error, held_out + error, color=VERMILION, alpha=0.18, lw=0)
     lines.append((held_out, look))
     _lines(ax, epoch, lines)
@@ -76,13 +77,18 @@ def curves(history: History, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def terms(history: History, ax: Axes | None = None) -> Axes:
+def terms(
+    history: History,
+    ax: Axes | None = None,
+    names: tuple[str, str] = ("log p(x | z)", "KL(q(z | x) || p(z))"),
+) -> Axes:
     """The two terms of the ELBO against the epoch, one above the other, each on its own scale.
 
     Args:
         history: columns of equal length: "epoch" and any of "log_px", "kl", "valid_log_px", "valid_kl" (nats
             per example). NaN and None are gaps.
         ax: where to draw; a new figure if None.
+        names: what to call the two.
 
     Returns:
         The axes; its two panels are ``ax.child_axes``: log p(x | z), then KL(q(z | x) || p(z)).
@@ -92,10 +98,10 @@ def terms(history: History, ax: Axes | None = None) -> Axes:
     epoch = _column(history, "epoch")
     upper = ax.inset_axes((0, 0.54, 1, 0.46))
     lower = ax.inset_axes((0, 0, 1, 0.46), sharex=upper)
-    for panel, name, label in ((upper, "log_px", "log p(x | z)"), (lower, "kl", "KL(q(z | x) || p(z))")):
+    for panel, name, label in ((upper, "log_px", names[0]), (lower, "kl", names[1])):
         training, held_out = _column(history, name), _column(history, f"valid_{name}")
         _lines(panel, epoch, [(training, _TRAINING), (held_out, _HELD_OUT)])
-        panel.set_ylabel(f"{label}\nnats per example", fontsize=9)
+        panel.set_ylabel(f"{_plain(label)}\nnats per example", fontsize=9)
     legend = lower.get_legend()
     if legend and upper.get_legend():
         legend.remove()  # the same two entries
@@ -367,18 +373,19 @@ def kl_per_dimension(kl: Tensor, ax: Axes | None = None) -> Axes:
     """
     if kl.ndim != 1 or not len(kl):
         raise ValueError(f"kl has shape {tuple(kl.shape)}, expected [D]: average over the examples.")
-    ax = ax or _new_axes(6.4 if len(kl) > 3 else 3.9, 4.0)
+    few = len(kl) <= 3
+    ax = ax or _new_axes(2.7 + 0.4 * len(kl) if few else 6.4, 4.0)
     sizes, order = kl.detach().cpu().double().sort(descending=True)
     ax.bar(range(len(kl)), sizes.tolist(), color=BLUE, width=0.8)
     shown = range(0, len(kl), math.ceil(len(kl) / (30 if len(kl) < 100 else 16)))  # three digits need more room
     small = 10 if len(shown) <= 12 else 8
     ax.set_xticks(list(shown), labels=[str(int(order[i]) + 1) for i in shown], fontsize=small)
-    middle, half = (len(kl) - 1) / 2, max(len(kl) / 2 + 0.2, 1.2)  # a single bar does not fill the page
+    middle, half = (len(kl) - 1) / 2, max(len(kl) / 2 + 0.2, 0.9)  # a single bar does not fill the page
     ax.set_xlim(middle - half, middle + half)
     active = int((sizes > 0.01).sum())
-    text = f"{active} of {len(kl)} dimensions exceed 0.01 nats"
-    ax.text(0.98, 0.96, text, transform=ax.transAxes, ha="right", va="top")
-    ax.set_ylim(bottom=min(0.0, float(sizes[-1])), top=1.15 * max(float(sizes[0]), 0.01))
+    text = f"{active} of {len(kl)} dimensions" + ("\n" if few else " ") + "above 0.01 nats"
+    ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top")
+    ax.set_ylim(bottom=min(0.0, float(sizes[-1])), top=(1.25 if few else 1.15) * max(float(sizes[0]), 0.01))
     ax.set(xlabel="latent dimension d, sorted", ylabel="KL(q($z_d$ | x) || p($z_d$)), nats per example")
     _tidy(ax)
     return ax
@@ -867,7 +874,7 @@ def _label_places(
     letter = np.array([0.02, 0.033]) * extent  # half of a letter in a picture of 6 inches, with a little room
     angles = np.linspace(0, 2 * math.pi, 16, endpoint=False)
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    steps = np.concatenate([np.zeros((1, 2)), *(r * 0.02 * extent * ring for r in range(1, 7))])
+    steps = np.concatenate([np.zeros((1, 2)), *(r * 0.02 * extent * ring for r in range(1, 25))])
     places: dict[int, np.ndarray] = {}
     halves = {k: letter * (max(1, len(names[k])), 1) for k in range(len(names)) if (classes == k).any()}
     middles = {k: np.median(points[classes == k], axis=0) for k in halves}
@@ -875,15 +882,20 @@ def _label_places(
     points, classes = points[some], classes[some]
     for k, half in halves.items():
         own = classes == k
-        candidates = middles[k] + steps
-        away = np.abs(candidates[:, None] - points[None])  # [candidates, N, 2]
-        covered = (away < half).all(-1).sum(1)
-        near = (away < 3 * half).all(-1)
-        foreign = (near & ~own).sum(1) / np.maximum(near.sum(1), 1)
-        cost = covered + 4 * foreign + np.hypot(*steps.T) / half[1]
-        for other, place in places.items():
-            cost = cost + 1000.0 * (np.abs(candidates - place) < half + halves[other]).all(-1)
-        places[k] = candidates[cost.argmin()]
+        for rings in (6, 12, 24):  # farther only where the names nearby leave no room
+            near_by = steps[: 1 + rings * len(ring)]
+            candidates = middles[k] + near_by
+            away = np.abs(candidates[:, None] - points[None])  # [candidates, N, 2]
+            covered = (away < half).all(-1).sum(1)
+            near = (away < 3 * half).all(-1)
+            foreign = (near & ~own).sum(1) / np.maximum(near.sum(1), 1)
+            cost = covered + 4 * foreign + np.hypot(*near_by.T) / half[1]
+            taken = np.zeros(len(candidates), dtype=bool)
+            for other in places.keys() - {k}:
+                taken |= (np.abs(candidates - places[other]) < half + halves[other]).all(-1)
+            places[k] = candidates[np.where(taken, np.inf, cost).argmin()]
+            if not taken.all():
+                break
     return places
 
 

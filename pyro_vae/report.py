@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pyro.distributions import Delta, constraints
 from torch import Tensor
 
-from pyro_vae import diagnostics, plots
+from pyro_vae import diagnostics, plots, representation_plots
 from pyro_vae.checkpoints import write_atomically
-from pyro_vae.contracts import NO_LIKELIHOOD, code, is_discrete, is_normalised, untouched
+from pyro_vae.contracts import NO_LIKELIHOOD, code, is_discrete, is_normalised, plain_support, untouched
 from pyro_vae.estimates import with_error
 
 _BATCH, _MOST_CODES, _MOST_COLUMNS, _MOST_VALUES = 1000, 5000, 60, 40
@@ -27,7 +28,8 @@ def write_figures(vae: Any, data: Any, history: plots.History, folder: str | Pat
     """Draw what there is to see of a trained model, one PNG each.
 
     Always curves and latent (codes where z is discrete); kl_per_dimension where prior and posterior factorise into
-    normals; for images reconstructions, samples and, with two latent dimensions, manifold; for tables of up to 60
+    normals; for images reconstructions, samples and, with two latent dimensions, manifold (of a prior on the circle
+    the circle; none where z has fewer dimensions than numbers otherwise, as on a simplex); for tables of up to 60
     columns marginals. Neither the model nor the state of the random numbers is changed.
 
     Args:
@@ -55,19 +57,22 @@ def write_figures(vae: Any, data: Any, history: plots.History, folder: str | Pat
         write_atomically(folder / f"{name}.png", buffer.getvalue())
         written.append(folder / f"{name}.png")
 
+    device = next((t.device for t in [*vae.parameters(), *vae.buffers()]), data.test.device)
     if any(len(values) for values in history.values()):
+        whole, *parts = _names(vae, data.test[:1].to(device))
         left, right = Figure(figsize=(11.0, 4.4), layout="constrained").subplots(1, 2)
-        plots.curves(history, left)
-        plots.terms(history, right)
-        save("curves", left, "the bound (left) and its two terms (right)", data.policy)
+        plots.curves(history, left, whole)
+        plots.terms(history, right, (parts[0], parts[1]))
+        kind = "the bound" if whole == "ELBO" else f"{whole}, no bound"
+        save("curves", left, f"{kind} (left) and its two terms (right)", data.policy)
 
     with untouched(vae, seed):
-        device = next((t.device for t in [*vae.parameters(), *vae.buffers()]), data.test.device)
         x = data.test[:_MOST_CODES]
         prior = vae.prior()
         decode = _batched(lambda z: _mean(vae.decoder(z)), device)
-        discrete = is_discrete(prior)
-        z = _batched(lambda rows: (code if discrete else _mean)(vae.encoder(rows)), device)(x).flatten(1)
+        discrete, sphere = is_discrete(prior), _on_sphere(prior)
+        z = _batched(lambda rows: (code if discrete or sphere else _mean)(vae.encoder(rows)), device)(x).flatten(1)
+        place = "most probable z" if discrete else "mode of q(z | x)" if sphere else "mean of q(z | x)"
         policy = f"{data.policy}; n = {len(x)}"
 
         if _is_image(x):
@@ -75,7 +80,6 @@ def write_figures(vae: Any, data: Any, history: plots.History, folder: str | Pat
             lowest, highest = min(0.0, float(known.min())), float(known.max())
             values = getattr(data, "value_range", None) or (lowest, highest if highest > lowest else 1.0)
             x_hat = decode(z[:20])
-            place = "most probable z" if discrete else "mean of q(z | x)"
             title = f"first test pictures, reconstructed from the {place}"
             save("reconstructions", plots.reconstructions(x[:20].cpu(), x_hat, value_range=values), title)
             ax = plots.image_grid(decode(prior.sample((100,))), value_range=values)
@@ -101,9 +105,11 @@ def write_figures(vae: Any, data: Any, history: plots.History, folder: str | Pat
             save("codes", axes[0], f"values of z{more}: mean of p(x | z), and whose they are", policy)
             return written
         ax = plots.latent_scatter(z, labels, getattr(data, "classes", None), prior_circle=standard)
-        save("latent", ax, "mean of q(z | x) of the test data", policy)
+        save("latent", ax, f"{place} of the test data", policy)
 
-        if _is_image(x) and z.shape[1] == 2:
+        if _is_image(x) and z.shape[1] == 2 and sphere:
+            save("manifold", representation_plots.circle(decode, value_range=values), "mean of p(x | z) on the circle")
+        elif _is_image(x) and z.shape[1] == 2 and _free(prior):
             # Quantiles of N(0, 1) mean nothing to another prior: span where it puts its draws instead.
             ends = prior.sample((2000,)).flatten(1).cpu().quantile(torch.tensor([0.01, 0.99]), dim=0).T.tolist()
             limits = ((ends[0][0], ends[0][1]), (ends[1][0], ends[1][1]))
@@ -137,8 +143,9 @@ def write_report(folder: str | Path, title: str | None = None) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder, expected that of a run: check the path.")
     heading = _escape(folder.resolve().name if title is None else title)
-    parts = [_evaluation(folder / "evaluation.json"), _GLOSSARY, _figures(folder / "figures")]
-    is_score = NO_LIKELIHOOD in parts[0]
+    evaluation = _evaluation(folder / "evaluation.json")
+    is_score = NO_LIKELIHOOD in evaluation
+    parts = [evaluation, _GLOSSARY, _figures(folder / "figures", is_score)]
     parts += [_metrics(folder / "metrics.jsonl", is_score), _verbatim(folder / "config.yaml", "Configuration")]
     parts += [_verbatim(folder / "evaluation.json", "Complete evaluation")]
     page = _PAGE.format(style=_STYLE, title=heading, body="\n".join(filter(None, parts)))
@@ -179,6 +186,36 @@ def _codes(z: Tensor) -> tuple[Tensor, list[str], Tensor]:
 
 def _is_image(x: Tensor) -> bool:
     return x.ndim == 3 or (x.ndim == 4 and x.shape[1] in (1, 3))
+
+
+def _names(vae: Any, x: Tensor) -> tuple[str, str, str]:
+    """What the ELBO and its two terms are here: with a score for a likelihood, or a point mass for q, it is none."""
+    with untouched(vae, 0):
+        q = vae.encoder(x)
+        scored = not is_normalised(vae.decoder(q.sample()))
+    while isinstance(q, torch.distributions.Independent):
+        q = q.base_dist
+    if isinstance(q, Delta):
+        whole, of_x = ("score + log p(z)", "score") if scored else ("log p(x, z)", "log p(x | z)")
+        return f"{whole} at the code", f"{of_x} at the code", "−log p(z) at the code"
+    return (
+        ("score − KL", "score", "KL(q(z | x) || p(z))") if scored else ("ELBO", "log p(x | z)", "KL(q(z | x) || p(z))")
+    )
+
+
+def _on_sphere(prior: Any) -> bool:
+    try:
+        return isinstance(plain_support(prior), type(constraints.sphere))
+    except NotImplementedError:
+        return False
+
+
+def _free(prior: Any) -> bool:
+    """Whether each number of z may have any value of its range, whatever the others have."""
+    try:
+        return plain_support(prior).event_dim == 0
+    except NotImplementedError:
+        return True
 
 
 def _is_standard_normal(prior: Any) -> bool:
@@ -236,12 +273,14 @@ def _evaluation(path: Path) -> str:
     return "\n".join(["<h2>Evaluation</h2>", _table(header, rows) if rows else "", warning, note])
 
 
-def _figures(folder: Path) -> str:
+def _figures(folder: Path, is_score: bool = False) -> str:
     order = {name: i for i, name in enumerate(_CAPTIONS)}
     files = sorted(folder.glob("*.png"), key=lambda file: (order.get(file.stem, len(order)), file.stem))
     shown = []
     for file in files:
         caption = _CAPTIONS.get(file.stem, _escape(file.stem.replace("_", " ")))
+        if is_score:
+            caption = caption.replace("the evidence lower bound", "the score less the KL, which bounds nothing")
         source = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
         name = _escape(file.stem.replace("_", " "))
         shown.append(f'<figure><img alt="{name}" src="{source}">\n<figcaption>{caption}</figcaption></figure>')
@@ -309,7 +348,7 @@ _CAPTIONS = {
     "one, coloured by class. Bars of one colour mean that a value stands for a class, although training needs no "
     "label; an empty place is a value that the model does not use.",
     "manifold": "What each place of the latent space decodes to. Neighbours should change smoothly. Compare with "
-    "the codes: the axes are the same, here covering the middle of the prior.",
+    "the codes: the axes are the same, here covering the middle of the prior, or the whole of a circle.",
     "kl_per_dimension": "How many nats each latent dimension carries about x. Dimensions near zero are unused: the "
     "decoder has learned to do without them.",
     "log_weights": "The importance weights behind log p(x), for the easiest and the hardest example. A long "

@@ -56,6 +56,41 @@ class Score:
         return f"{with_error(self.value, self.standard_error)} ({how})"
 
 
+def jackknife_error(score: Callable[..., Any], *sets: Tensor, num_groups: int = 10, seed: int = 0) -> Any:
+    r"""The standard error of a number made of many examples, by leaving out one group of them after the other.
+
+    .. math:: \mathrm{se}^2 = \frac{G - 1}{G} \sum_g (s_{-g} - \bar s)^2
+
+    It says how much other examples would change the number of this model: what another seed of the training changes is
+    for several seeds to show. Of a number that is drawn itself (a forest, say) it is too large.
+
+    Args:
+        score: the sets, some rows left out -> a number, such as :func:`pyro_vae.disentanglement.mig`, or several.
+        *sets: codes [N, D], factors [N, F], ...: as many rows of each, left out together.
+        num_groups: G, 2 to N.
+        seed: seed of the grouping.
+
+    Returns:
+        The error, or a list of those of several numbers.
+
+    Raises:
+        ValueError: fewer than two groups, or more than examples.
+
+    Source: Efron, Stein (1981), The jackknife estimate of variance; Shao, Wu (1989), with groups.
+
+    Example:
+        >>> jackknife_error(lambda x: x.mean().item(), torch.tensor([1.0, 2.0, 3.0]), num_groups=3)  # sd / sqrt(3)
+        0.577...
+    """
+    num = len(sets[0])
+    if not 2 <= num_groups <= num:
+        raise ValueError(f"expected 2 to {num} groups, found {num_groups}: leave out some examples at a time.")
+    group = torch.randperm(num, generator=torch.Generator().manual_seed(seed)) % num_groups
+    kept = [[part[(group != g).to(part.device)] for part in sets] for g in range(num_groups)]
+    left = torch.tensor([score(*parts) for parts in kept], dtype=torch.float64)
+    return ((num_groups - 1) * left.var(0, correction=0)).sqrt().tolist()
+
+
 def posterior_means(vae: Any, x: Tensor, batch_size: int = 1000) -> Tensor:
     r"""The mean of q(z | x) of each example: the code that the readers below get.
 
@@ -183,6 +218,41 @@ def confusions(predicted: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(labels * num + predicted, minlength=num * num).reshape(num, num)
 
 
+def top_confusions(counts: Tensor, num: int = 5) -> list[tuple[int, int, Score]]:
+    """The classes most often taken for others, and how often, as a share of the true class.
+
+    Args:
+        counts: of :func:`confusions`, [C, C].
+        num: how many pairs, at most C (C - 1).
+
+    Returns:
+        The true class, the one it was taken for, and the share with its binomial standard error; largest first.
+
+    Raises:
+        ValueError: the counts are not [C, C], or fewer pairs than asked for.
+
+    Example:
+        >>> for true, taken, share in top_confusions(torch.tensor([[8, 2], [1, 9]]), num=1):
+        ...     print(true, "->", taken, share)
+        0 -> 1 0.20 ± 0.13 (n=10)
+    """
+    num_classes = len(counts)
+    if counts.shape != (num_classes, num_classes) or not 1 <= num <= num_classes * (num_classes - 1):
+        raise ValueError(
+            f"expected counts [C, C] and 1 to C (C - 1) pairs, found {tuple(counts.shape)} and {num}: use confusions."
+        )
+    of_class = counts.sum(1)
+    shares = counts.double() / of_class.clamp(min=1).unsqueeze(1)
+    shares = shares.masked_fill(torch.eye(num_classes, dtype=torch.bool, device=counts.device), -1)
+    found = []
+    for place in shares.flatten().argsort(descending=True, stable=True)[:num].tolist():
+        true, taken = divmod(place, num_classes)
+        n, p = int(of_class[true]), max(float(shares[true, taken]), 0.0)
+        error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+        found.append((true, taken, Score(f"{true} taken for {taken}", p, error, n)))
+    return found
+
+
 def class_distances(codes: Tensor, labels: Tensor) -> Tensor:
     """How far the mean codes of the classes lie from each other: [C, C], Euclidean.
 
@@ -255,6 +325,49 @@ def auroc(ordinary: Tensor, odd: Tensor, *, name: str = "AUROC", policy: str = "
         >>> print(auroc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0])))
         0.83 ± 0.24 (n=5)
     """
+    v, w = _placements(ordinary, odd)
+    error = (v.var() / len(v) + w.var() / len(w)).sqrt().item()
+    return Score(name, v.mean().item(), error, len(v) + len(w), policy=policy)
+
+
+def auroc_difference(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, name: str = "difference of AUROC", policy: str = ""
+) -> Score:
+    r"""The AUROC of one score less that of another on the same examples, with the error of the pairs.
+
+    .. math:: \mathrm{se}^2 = \frac{\mathrm{Var}_i(V_i - V'_i)}{m} + \frac{\mathrm{Var}_j(W_j - W'_j)}{n}
+
+    V, W as in :func:`auroc`. Where two scores fail on the same examples, this is less than both errors together.
+
+    Args:
+        first: scores of the ordinary examples [n] and of the odd ones [m].
+        second: another score of the same examples, in the same order.
+        name: what to call it.
+        policy: the data policy to carry.
+
+    Returns:
+        The difference and its standard error; > 0 where the first is better.
+
+    Raises:
+        ValueError: see :func:`auroc`; or the two have different numbers of examples.
+
+    Source: DeLong, DeLong, Clarke-Pearson (1988), as :func:`auroc`.
+
+    Example:
+        >>> t, s = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0])
+        >>> print(auroc_difference((t, s), (t + 1, s + 1)))
+        0.00 ± 0.00 (n=5)
+    """
+    shapes = [tuple(len(part) for part in pair) for pair in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"expected two scores of the same examples, found {shapes[0]} and {shapes[1]} of them.")
+    v, w = (a - b for a, b in zip(_placements(*first), _placements(*second), strict=True))
+    error = (v.var() / len(v) + w.var() / len(w)).sqrt().item()
+    return Score(name, v.mean().item(), error, len(v) + len(w), policy=policy)
+
+
+def _placements(ordinary: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each odd example the share of ordinary ones below it, and of each ordinary one that of odd ones above it."""
     if min(len(ordinary), len(odd)) < 2 or ordinary.ndim != 1 or odd.ndim != 1:
         found = f"{tuple(ordinary.shape)} and {tuple(odd.shape)}"
         raise ValueError(f"expected two scores [n] and [m] or more of each, found {found}: give more examples.")
@@ -266,9 +379,7 @@ def auroc(ordinary: Tensor, odd: Tensor, *, name: str = "AUROC", policy: str = "
         below, up_to = (torch.searchsorted(ordered, values.double(), right=right) for right in (False, True))
         return (below + up_to).double() / (2 * len(others))
 
-    v, w = share_below(odd, ordinary), 1 - share_below(ordinary, odd)
-    error = (v.var() / len(v) + w.var() / len(w)).sqrt().item()
-    return Score(name, v.mean().item(), error, len(v) + len(w), policy=policy)
+    return share_below(odd, ordinary), 1 - share_below(ordinary, odd)
 
 
 # --------------------------------------------------------------------------------------------------------- a report

@@ -137,7 +137,7 @@ def place(x: Tensor, device: torch.device, resident: bool | None = None) -> Rows
         >>> place(torch.zeros(5, 7), torch.device("cpu")).note
         '140 bytes on cpu'
     """
-    size = _size(x.nbytes)
+    size = size_in_words(x.nbytes)
     if x.device == device and (resident or (x.device.type != "cpu" and resident is None)):
         return Rows(x, device, False, f"{size} on {device}")
     if x.device.type != "cpu":
@@ -148,7 +148,7 @@ def place(x: Tensor, device: torch.device, resident: bool | None = None) -> Rows
     fits = x.nbytes <= share * free
     if fits if resident is None else resident:
         return Rows(x.to(device), device, False, f"{size} on {device}")
-    why = "as asked" if resident is False else f"too large for {_size(free)} of free memory on {device}"
+    why = "as asked" if resident is False else f"too large for {size_in_words(free)} of free memory on {device}"
     return Rows(x, device, True, f"{size} read ahead in batches, {why}")
 
 
@@ -203,7 +203,8 @@ def memory_mapped(path: str | Path) -> Tensor:
         ) from None
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """A number of bytes with a unit."""
     if count < 1000:
         return f"{count:.0f} bytes"
     power = min(int(np.log10(count)) // 3, 4)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.infer
@@ -25,13 +25,15 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.checkpoints import load_state, read_bytes, save_model, save_state, write_atomically
-from pyro_vae.compiling import CompiledStep, torch_optimizer
+from pyro_vae.checkpoints import load_state, read_bytes, read_settings, save_model, save_state, write_atomically
 from pyro_vae.contracts import check_support, check_vae, untouched
 from pyro_vae.discrete import enumerated_terms, is_enumerated
 from pyro_vae.estimates import elbo_terms
 from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.optimizers import torch_optimizer
 from pyro_vae.parallel import Workers
+from pyro_vae.precision import TOLERANCES, Precision, check_precision, rounded, tensor_cores
+from pyro_vae.steps import Steps, how_to_step, memory_in_words
 from pyro_vae.streaming import Rows, place
 from pyro_vae.terms import Terms, collect
 
@@ -82,7 +84,9 @@ def fit(
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = False,
-    compiled: bool = False,
+    note: Callable[[str], None] | None = None,
+    compiled: bool | Literal["replay"] | None = None,
+    precision: Precision = "float32",
     resident: bool | None = None,
     workers: Workers | None = None,
 ) -> History:
@@ -108,8 +112,14 @@ def fit(
         resume: go on from the state in ``folder``, bit for bit; False refuses a folder that holds one.
         on_epoch: called after each epoch with its row, by the first worker.
         progress: show a progress bar on a terminal.
-        compiled: capture and compile the step, see :class:`pyro_vae.compiling.CompiledStep`: the same numbers up to
-            rounding, several times faster for small networks, after some seconds of compilation.
+        note: called by the first worker with a line each on streaming, on how steps are taken, and on memory.
+        compiled: capture the step as one graph and compile it (True), capture it and replay its operations one by one
+            ("replay": no compiler), or neither (False), see :class:`pyro_vae.compiling.CompiledStep`; None decides by
+            the numbers of steps, see :func:`pyro_vae.steps.how_to_step`. When captured, ``prepare`` and the model run
+            as Python once; where ``on_epoch`` changes numbers that they read, this is noticed at the end of the epoch,
+            and the steps go on eagerly.
+        precision: of the networks' products in training steps, see :mod:`pyro_vae.precision`: "float32"; "tf32" on a
+            GPU; "bf16". Held-out numbers and checkpoints stay float32.
         resident: keep x on the device (True) or read it in batches from where it is (False), with the same numbers;
             None decides by the free memory, see :func:`pyro_vae.streaming.place`.
         workers: the processes that share each batch, from :func:`pyro_vae.parallel.join`; each calls ``fit`` with the
@@ -153,60 +163,78 @@ def fit(
     data, x_valid = place(x, device, resident), None if x_valid is None else x_valid.to(device)
     _check_data(vae, data, x_valid, to_batch, batch_size)
 
+    check_precision(precision, device, dtype)
     optim = torch_optimizer(optimizer or Adam({"lr": lr}))(parameters)
     if not isinstance(objective, Objective):
         _settle_plates(objective, vae, data.first(batch_size), to_batch)
-    gradients = _gradients_of(objective, vae)
-    if compiled:
-        gradients = CompiledStep(gradients, parameters, vae, warm=0)
+    num_batches = -(-len(x) // batch_size)
+    how = how_to_step(num_batches, epochs, device) if compiled is None else compiled
     settings: dict[str, Any] = {
         "objective": repr(objective) if isinstance(objective, Objective) else type(objective).__name__,
         "batch_size": batch_size,
         "num_examples": len(x),
         "optimizer": f"{type(optim).__name__}({', '.join(f'{k}={v}' for k, v in sorted(optim.defaults.items()))})",
-        "compiled": compiled,
+        "compiled": how is True,  # captured and replayed, or eager: the same to the last bit
     }
-    rows = _open(folder, resume, vae, optim, settings, workers)
+    if precision != "float32":
+        settings["precision"] = precision
+    rows = _open(folder, resume, vae, optim, settings, workers, decided=compiled is not None)
     if len(rows) > epochs:
         raise ValueError(f"{folder} has {len(rows)} epochs behind it, expected more, found epochs={epochs}.")
+    if settings["compiled"] != (how is True):  # begun otherwise, and nobody decided now
+        how = True if settings["compiled"] else "replay"
+
+    steps = Steps(
+        data,
+        to_batch,
+        rounded(_gradients_of(objective, vae), precision),
+        parameters,
+        vae,
+        optim,
+        objective if isinstance(objective, Objective) else None,
+        batch_size,
+        workers,
+        how,
+        TOLERANCES[precision],
+    )
 
     modes = {part: part.training for part in vae.modules()}
-    progress = progress and workers.is_first
+    progress, first_epoch = progress and workers.is_first, len(rows) + 1
     bar = tqdm(total=epochs * len(x), initial=len(rows) * len(x), unit="ex", disable=None if progress else True)
-    if progress and data.streamed:
-        tqdm.write(f"streaming  {data.note}")
+    note = note if note is not None and workers.is_first else lambda line: None
+    if data.streamed:
+        note(f"streaming  {data.note}")
     try:
         with pyro.get_param_store().scope(), bar:
-            for epoch in range(len(rows) + 1, epochs + 1):
+            for epoch in range(first_epoch, epochs + 1):
                 start = time.perf_counter()
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 vae.train()
                 workers.equalize_(vae)
-                totals = torch.zeros(4, dtype=torch.float64, device=device)
-                batches = workers.shuffle(len(x), device).to(data.x.device).split(batch_size)
-                shards = data.read([workers.part(batch) for batch in batches])
-                for step, (batch, shard) in enumerate(zip(batches, shards, strict=True), (epoch - 1) * len(batches)):
-                    if isinstance(objective, Objective):
-                        objective.at_step(step, device)  # set, not counted: a resumed run goes on at its step
-                    optim.zero_grad(set_to_none=True)
-                    try:
-                        if len(shard) > 0:  # the last batch may have fewer examples than there are workers
-                            totals += gradients(to_batch(shard))
-                    except ValueError as error:  # validation finds a scale of 0 or NaN before the objective does
-                        if not _DIVERGED.search(str(error)):
-                            raise
-                        raise _diverged("undefined", epoch, lr) from error
-                    workers.sum_gradients_(parameters)
-                    optim.step()
-                    bar.update(len(batch))
-                row = _row(epoch, workers.sum_(totals) / len(x), lr)
+                order = workers.shuffle(len(x), device)
+                try:
+                    with tensor_cores(precision, device):
+                        for count in steps.epoch(order, (epoch - 1) * num_batches):
+                            bar.update(count)
+                except ValueError as error:  # validation finds a scale of 0 or NaN before the objective does
+                    if not _DIVERGED.search(str(error)):
+                        raise
+                    raise _diverged("undefined", epoch, lr) from error
+                row = _row(epoch, workers.sum_(steps.totals.clone()) / len(x), lr)
                 if x_valid is not None:
                     row |= workers.from_first(lambda: _held_out(vae, x_valid.to(dtype)))
                 rows.append(row | {"seconds": time.perf_counter() - start})
+                if epoch == first_epoch:
+                    few = f": {epochs * num_batches:,} of them are not worth capturing" * (compiled is None)
+                    note(f"steps      {steps.explain()}{few * (not how)}")
+                    note(f"memory     {memory_in_words(data, parameters, optim)}")
                 if folder is not None and workers.is_first:
                     _save(Path(folder), vae, optim, rows, settings)
-                if on_epoch is not None and workers.is_first:
-                    on_epoch(rows[-1])
+                if on_epoch is not None:
+                    if workers.is_first:
+                        on_epoch(rows[-1])
+                    if epoch < epochs:
+                        steps.check()
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -365,7 +393,9 @@ def _open(
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
     workers: Workers,
+    decided: bool,
 ) -> list[dict[str, Any]]:
+    """The epochs behind a run; where nobody ``decided`` how to step, the run goes on as it was begun."""
     if folder is None:
         if resume:
             raise ValueError("expected a folder to resume from, found none: pass folder=...")
@@ -373,6 +403,11 @@ def _open(
     state = Path(folder) / "state" / "latest.safetensors"
     if resume:
         content = workers.from_first(lambda: read_bytes(state))  # perhaps on its machine only
+        before = read_settings(state, content)
+        if not decided:
+            settings["compiled"] = before.get("compiled") is True
+        if "precision" in before:  # float32 is not written
+            settings.setdefault("precision", "float32")
         return load_state(state, vae, optimizer, settings, content)
     if workers.is_first and state.exists():
         raise ValueError(f"{folder} already holds a run, expected a fresh folder: choose another, or pass resume=True.")

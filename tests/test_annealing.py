@@ -13,6 +13,7 @@ import pyro_vae.annealing
 from pyro_vae import (
     VAE,
     Bernoulli,
+    Comparison,
     Decoder,
     DiagonalNormal,
     Mlp,
@@ -25,6 +26,7 @@ from pyro_vae import (
     tails,
 )
 from pyro_vae.annealing import annealed_log_evidence, linear_schedule, sandwich, sigmoidal_schedule
+from pyro_vae.comparisons import squared_error
 from pyro_vae.exact import LinearGaussian, log_evidence_by_quadrature
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -234,6 +236,17 @@ def test_only_z_that_moves_freely_is_annealed(prior, encoder, from_encoder, mess
 def test_settings_below_one_are_refused(setting, value):
     with pytest.raises(ValueError, match=f"expected {setting} to be an integer >= 1, found {value}"):
         annealed_log_evidence(bits_vae(), bits(), **{setting: value})
+
+
+@pytest.mark.parametrize("from_encoder", [False, True])
+def test_a_score_in_the_place_of_a_likelihood_is_refused(from_encoder):
+    vae = bits_vae()
+    vae.decoder.likelihood = Comparison(squared_error)
+    message = "expected a likelihood, found a score in the place of p.x . z."
+    with pytest.raises(ValueError, match=message):
+        annealed_log_evidence(vae, bits(), C, T, from_encoder=from_encoder)
+    with pytest.raises(ValueError, match=message):
+        sandwich(vae, B, C, T, from_encoder=from_encoder)
 
 
 def test_further_refusals():

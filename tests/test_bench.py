@@ -3,53 +3,65 @@
 import json
 import math
 import shutil
+from itertools import pairwise
 
 import pyro
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vae import ELBO, IWAE, bench
 from pyro_vae.cli import main
 from pyro_vae.optimizers import torch_optimizer
+from pyro_vae.workloads import WORKLOADS, HandWritten, make_vae
 
 has_compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
-@pytest.mark.parametrize("name", ["tiny", "iwae"])
+@pytest.mark.parametrize("name", ["tiny", "iwae", "Wd"])
 def test_the_hand_written_model_is_the_same_model(float64, name):
     """Same weights: the losses of both agree in the mean over the noise."""
-    workload = bench.WORKLOADS[name]
+    workload = WORKLOADS[name]
     torch.manual_seed(0)
-    vae = bench.make_vae(workload, "vae").double()
-    hand = bench.HandWritten(workload).double()
+    vae = make_vae(workload, "vae").double()
+    hand = HandWritten(workload).double()
     hand.encoder.load_state_dict(vae.encoder.net.state_dict())
     hand.decoder.load_state_dict(vae.decoder.net.state_dict())
-    x = (torch.rand(workload.batch_size, workload.widths[0]) < 0.3).double()
+    x = workload.draw(torch.device("cpu")).double()
     k = workload.num_particles
     objective = ELBO() if k == 1 else IWAE(num_particles=k)
     with torch.no_grad():
-        ours = torch.stack([objective.loss(vae.model, vae.guide, x) for _ in range(60)])
-        theirs = torch.stack([hand(x) for _ in range(60)])
-    error = ((ours.var() + theirs.var()) / 60).sqrt()
+        ours = torch.stack([objective.loss(vae.model, vae.guide, x) for _ in range(30)])
+        theirs = torch.stack([hand(x) for _ in range(30)])
+    error = ((ours.var() + theirs.var()) / 30).sqrt()
     assert abs(ours.mean() - theirs.mean()) < 4 * error
     assert error < 0.01 * ours.mean().abs()
 
 
-def test_operations_are_those_that_torch_counts():
-    """By torch's own counter, for a step of the hand-written model."""
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize("name", ["tiny", "Wc", "iwae"])
+def test_the_floor_is_the_products_of_all_layers(name):
+    """Forward, weights' gradients, and inputs' gradients but for the first layer: counted from the sizes."""
+    workload = WORKLOADS[name]
+    widths, d, b = [*workload.event_shape, *workload.networks.hidden], workload.latent_dim, workload.batch_size
+    encoder, decoder = [*widths, 2 * d], [d, *widths[::-1]]
+    rows = [(encoder, b), (decoder, b * workload.num_particles)]
+    layers = [(i, o, n) for sizes, n in rows for i, o in pairwise(sizes)]
+    expected = sum(2 * i * o * n * (2 + (place > 0)) for place, (i, o, n) in enumerate(layers))
+    assert bench.num_operations(workload) == expected
+    run = bench.products(workload, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        run(3)
+    assert counter.get_total_flops() == 3 * expected
 
-    for name in ("tiny", "Wc", "iwae"):
-        workload = bench.WORKLOADS[name]
-        module = bench.HandWritten(workload)
-        x = (torch.rand(workload.batch_size, workload.widths[0]) < 0.3).float()
-        with FlopCounterMode(display=False) as counter:
-            module(x).backward()
-        assert bench.num_operations(workload) == counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            bench.products(workload, torch.device("cpu"))()
-        assert bench.num_operations(workload) == counter.get_total_flops()
+
+def test_convolutions_are_counted_too():
+    """32 and 64 channels of 4 x 4 kernels on 14 x 14 and 7 x 7 pixels, twice, the linear layers between them."""
+    workload = WORKLOADS["Wd"]
+    first, second = 14 * 14 * 32 * 16, 7 * 7 * 64 * 32 * 16  # multiplications of one convolution, one example
+    linear = 3136 * 32 + 16 * 3136
+    forward = 2 * 128 * (2 * first + 2 * second + linear)
+    assert bench.num_operations(workload) == 3 * forward - 2 * 128 * first
 
 
 def test_ratios_are_of_one_round_each():

@@ -147,6 +147,16 @@ def test_all_scores_of_a_model_leave_it_alone():
     assert torch.equal(torch.get_rng_state(), state) and vae.training
     names = ["MIG", "SAP", "DCI disentanglement", "DCI completeness", "DCI informativeness", "FactorVAE score"]
     assert list(found) == names and all(0 <= each.value <= 1 for each in found.values())
-    assert found["MIG"].standard_error > 0 and found["MIG"].policy == data.policy
+    assert all(found[name].standard_error > 0 for name in names) and found["MIG"].policy == data.policy
     with pytest.raises(ValueError, match="known factors, found none"):
         disentangle(vae, SimpleNamespace(name="none"))
+
+
+def test_the_error_of_dci_is_not_less_than_what_other_examples_change():
+    def once(seed):
+        codes = PERFECT + 0.7 * torch.randn(PERFECT.shape, generator=torch.Generator().manual_seed(seed))
+        return codes, dci(codes, FACTORS, 5).disentanglement
+
+    values = torch.tensor([once(seed)[1] for seed in range(20)])
+    error = jackknife_error(lambda z, v: dci(z, v, 5).disentanglement, once(0)[0], FACTORS, num_groups=10)
+    assert 0.6 * values.std() < error < 8 * values.std()

@@ -14,6 +14,7 @@ from scipy.stats import kstest
 from torch import nn
 
 import pyro_vae.estimates
+import pyro_vae.passes
 from pyro_vae import (
     VAE,
     Bernoulli,
@@ -29,7 +30,7 @@ from pyro_vae import (
     log_evidence,
     tails,
 )
-from pyro_vae.estimates import log_weights, paired_difference
+from pyro_vae.estimates import elbo_and_log_evidence, log_weights, paired_difference
 from pyro_vae.exact import LinearGaussian
 
 K, B, D, E = 3, 5, 2, 7
@@ -142,7 +143,7 @@ def count_draws(monkeypatch):
         sizes.append(num_particles * x.numel())
         return draw(model, guide, x, num_particles=num_particles)
 
-    monkeypatch.setattr(pyro_vae.estimates, "draw", counting)
+    monkeypatch.setattr(pyro_vae.passes, "draw", counting)
     return counts, sizes
 
 
@@ -219,6 +220,22 @@ def test_standard_error_and_text():
 )
 def test_text_shows_two_digits_of_the_error(values, text):
     assert str(Estimate("ELBO", torch.tensor(values), 3)).startswith(text + " nats per example (K=3, n=")
+
+
+def test_both_from_the_same_draws(monkeypatch):
+    counts, _ = count_draws(monkeypatch)
+    vae, x = linear_gaussian().as_vae(diagonal=True), data(70)
+    x[:, 0] = torch.arange(70)
+    settings = {"seed": 3, "policy": "grey", "max_elements": 192 * E}
+    expected = elbo_terms(vae, x, 30, **settings) | {"log_evidence": log_evidence(vae, x, 30, **settings)}
+    counts.clear()
+    found = elbo_and_log_evidence(vae, x, 30, **settings)
+    assert set(counts.values()) == {30} and found.keys() == expected.keys()
+    for name, estimate in expected.items():
+        for field in ("values", "errors", "effective_sample_size", "pareto_k"):
+            a, b = getattr(found[name], field), getattr(estimate, field)
+            assert (a is None and b is None) or torch.equal(a, b), (name, field)
+        assert found[name].summary() == estimate.summary()
 
 
 def test_policy_is_carried():
@@ -439,6 +456,21 @@ def test_paired_differences():
     assert str(found).endswith("nats (paired, n=400)")
 
 
+def test_bounds_of_different_k_are_not_compared():
+    def evidence(num_particles, **settings):
+        return Estimate("log p(x)", torch.zeros(3), num_particles, **settings)
+
+    for a, b in ((evidence(50), evidence(5000)), (evidence(50).bits_per_dim(7), evidence(60).bits_per_dim(7))):
+        with pytest.raises(
+            ValueError, match=r"expected equal num_particles, found 50 and \d+: -?log p\(x\) is a bound"
+        ):
+            paired_difference(a, b)
+    annealed = evidence(16, method="AIS: 16 chains")
+    for other in (evidence(0), annealed, evidence(50), Estimate("ELBO", torch.zeros(3), 1)):
+        paired_difference(evidence(50), other)
+    paired_difference(Estimate("ELBO", torch.zeros(3), 1), Estimate("ELBO", torch.zeros(3), 100))
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -522,25 +554,23 @@ def test_core():
 
 
 MUTATIONS = [
-    ("log_w.logsumexp(0) - math.log(num_particles)", "log_w.mean(0)"),
-    ("log_w.logsumexp(0) - math.log(num_particles)", "log_w.logsumexp(0)"),
-    ("log_w = torch.cat(parts)", "log_w = torch.cat(parts[-2:])"),
-    ("                parts.clear()\n", ""),
-    ("means, squares = sums / num_particles", "means, squares = sums"),
-    ("sums[:, :, rows] +=", "sums[:, :, rows] ="),
+    ("log_w.logsumexp(0) - math.log(self.num_particles)", "log_w.mean(0)"),
+    ("log_w.logsumexp(0) - math.log(self.num_particles)", "log_w.logsumexp(0)"),
+    ("log_w = torch.cat(self.parts)", "log_w = torch.cat(self.parts[-2:])"),
+    ("            self.parts.clear()\n", ""),
+    ("means, squares = self.sums / num_particles", "means, squares = self.sums"),
+    ("self.sums[:, :, rows] +=", "self.sums[:, :, rows] ="),
     ("torch.stack([terms.log_w, terms.log_px, terms.log_qz - terms.log_pz])", "torch.stack([terms.log_w] * 3)"),
     ("terms.log_qz - terms.log_pz]", "terms.log_pz - terms.log_qz]"),
     ("values.square().sum(1)", "values.sum(1)"),
     ("/ (num_particles - 1)).sqrt()", "/ num_particles).sqrt()"),
     ("errors[rows] = tails.standard_error_of_log_mean(log_w)", "errors[rows] = log_w.std(0)"),
-    ("sizes[rows] = tails.effective_sample_size(log_w)", "sizes[rows] = num_particles"),
+    ("sizes[rows] = tails.effective_sample_size(log_w)", "sizes[rows] = self.num_particles"),
     (
         "self.values.std() / math.sqrt(len(self.values))).item()\n\n    @property\n    def monte",
         "self.values.std() / len(self.values)).item()\n\n    @property\n    def monte",
     ),
     ("square().sum().sqrt() / len(self.values)", "square().sum().sqrt()"),
-    ("min(particles, num_particles - done)", "particles"),
-    ("range(0, num_particles, particles)", "range(0, num_particles - particles, particles)"),
 ]
 
 
@@ -558,8 +588,9 @@ def test_a_point_mass_gives_no_evidence():
     vae = VAE(StandardNormal(2), Decoder(Mlp(2, 7), Bernoulli()), encoders.Delta(Mlp(7, 2)))
     x = torch.ones(5, 7)
     assert "no bound" in elbo_terms(vae, x)["elbo"].name
-    with pytest.raises(ValueError, match=r"found a point mass \(Delta\): log p\(x\) cannot be estimated"):
-        log_evidence(vae, x, num_particles=3)
+    for estimate in (log_evidence, elbo_and_log_evidence):
+        with pytest.raises(ValueError, match=r"found a point mass \(Delta\): log p\(x\) cannot be estimated"):
+            estimate(vae, x, num_particles=3)
 
 
 def test_one_example_has_no_standard_error():

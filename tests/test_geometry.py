@@ -9,10 +9,8 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_vae import VAE, Decoder, DiagonalNormal, FullNormal, Mlp, StandardNormal, likelihoods
 from pyro_vae.geometry import (
-    ball_sites,
     bhattacharyya,
     euclidean,
-    gap_statistic,
     nearest,
     neighbours,
     posterior_normals,
@@ -122,39 +120,7 @@ def test_a_linear_decoder_spans_its_weight_and_principal_components_find_it():
         principal_components(x, E + 1)
 
 
-def test_gap_statistic_counts_the_sites_without_a_code():
-    codes = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
-    sites = torch.tensor([[0.5, 0.0], [5.0, 0.0], [10.0, 0.9], [10.0, 1.1]])
-    found = gap_statistic(codes, sites, 1.0, policy="toy")
-    assert found.values.tolist() == [0, 1, 0, 1] and found.policy == "toy"
-    assert found.standard_error == pytest.approx(math.sqrt(0.5 * 0.5 / 3))
-    with pytest.raises(ValueError, match="radius > 0"):
-        gap_statistic(codes, sites, 0.0)
-
-
-def test_uniform_codes_leave_the_holes_of_a_poisson_process():
-    # n codes in a disk of radius 1: a site away from its edge has none within r with probability exp(-n r^2).
-    n, r = 2000, 0.02
-    corners = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    codes = ball_sites(corners, n, share=1.0, seed=1)
-    sites = 0.95 * ball_sites(corners, 5000, share=1.0, seed=2)
-    found = gap_statistic(codes, sites, r)
-    assert abs(found.mean - math.exp(-n * r**2)) < 4 * 2 * found.standard_error  # neighbouring sites share their hole
-
-
-def test_ball_sites_fill_the_ball_evenly():
-    codes = torch.randn(1000, 3) + 2
-    sites = ball_sites(codes, 20_000, share=0.9)
-    radius = (codes - codes.mean(0)).norm(dim=1).quantile(0.9)
-    share = ((sites - codes.mean(0)).norm(dim=1) / radius) ** 3  # uniform on [0, 1] in three dimensions
-    assert float(share.max()) <= 1 + 1e-9
-    assert abs(float(share.mean()) - 0.5) < 4 / math.sqrt(12 * 20_000)
-    assert torch.equal(sites, ball_sites(codes, 20_000, share=0.9))
-
-
 def test_nothing_touches_the_random_state():
-    state = torch.get_rng_state()
-    ball_sites(torch.zeros(3, 2), 10)
     vae = VAE(StandardNormal(D), Decoder(nn.Linear(D, E), likelihoods.Normal()), DiagonalNormal(nn.Linear(E, 2 * D)))
     state = torch.get_rng_state()
     tangent(vae, torch.zeros(D))

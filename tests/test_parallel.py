@@ -1,7 +1,8 @@
 """Several processes train as one: the same gradients, each example once, the noise apart, an end that can go on.
 
-This file is also the program of the processes: ``python test_parallel.py FOLDER`` runs :func:`equal` and :func:`random`
-in each, and each writes what it found to RANK.safetensors.
+This file is also the program of the processes: ``python test_parallel.py FOLDER PORT`` runs :func:`equal` and
+:func:`random` in each, and each writes what it found to RANK.safetensors. Then they wait for the file FOLDER/go, and
+train from the command line without end: one is killed. (A process takes long to start, so there are only two.)
 """
 
 import json
@@ -77,19 +78,25 @@ def state_of(vae, prefix=""):
     return {prefix + name: value.detach().clone() for name, value in vae.state_dict().items()}
 
 
-def gradient_step(workers):
+WAYS = {"eager": False, "captured": "replay"}
+if os.environ.get("PYRO_VAE_BACKEND") == "inductor":  # minutes of compilation
+    WAYS["compiled"] = True
+
+
+def gradient_step(workers, compiled=False):
     """All examples in one batch and plain gradient descent at rate 1: what is subtracted is the gradient."""
     torch.manual_seed(5)
     vae = GivenNoise()
-    fit(vae, make_x(), epochs=1, batch_size=N, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), workers=workers)
+    settings = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "workers": workers, "compiled": compiled}
+    fit(vae, make_x(), epochs=1, batch_size=N, **settings)
     return vae
 
 
-def adam_epoch(workers):
+def adam_epoch(workers, compiled=False):
     torch.manual_seed(5 + workers.rank)  # other first weights on each worker: the first one's count
     vae = GivenNoise()
     torch.manual_seed(6)
-    history = fit(vae, make_x(), epochs=1, batch_size=16, lr=0.01, workers=workers)
+    history = fit(vae, make_x(), epochs=1, batch_size=16, lr=0.01, workers=workers, compiled=compiled)
     return vae, history
 
 
@@ -97,10 +104,12 @@ def adam_epoch(workers):
 
 
 def equal(workers):
-    """Gradients and an epoch."""
-    vae, history = adam_epoch(workers)
-    found = state_of(vae, "epoch.") | state_of(gradient_step(workers), "step.")
-    found["history"] = torch.tensor([history[name][0] for name in ("objective", "elbo", "log_px", "kl")])
+    """Gradients and an epoch, with each way to step."""
+    found = {}
+    for way, compiled in WAYS.items():
+        vae, history = adam_epoch(workers, compiled)
+        found |= state_of(vae, f"{way}.epoch.") | state_of(gradient_step(workers, compiled), f"{way}.step.")
+        found[f"{way}.history"] = torch.tensor([history[name][0] for name in ("objective", "elbo", "log_px", "kl")])
     total = workers.sum_(torch.tensor([1.0, workers.rank]))
     return found | {"total": total, "received": torch.tensor(workers.from_first(lambda: [workers.rank, 0.1]))}
 
@@ -134,52 +143,81 @@ def random(workers, folder):
     return found
 
 
-def environment(size=2):
-    with socket.socket() as probe:
+TRAIN = ["train", "--out", "run", "--epochs", "9999", "--batch_size", "512", "--device", "cpu", "--figures", "false"]
+TRAIN += ["--eval_particles", "3"]
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    ports = [str(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
-def start(words, **options):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([sys.executable, *words], env=env, **pipes, **options) for env in environment()]
+def wait_for(files, processes):
+    """Until all files are there; a process that ends before that says why."""
+    patience = time.monotonic() + 600  # of a machine that has much else to do
+    while not all(file.exists() for file in files):
+        ended = [process for process in processes if process.poll() not in (None, 0)]
+        assert not ended, ended[0].communicate(timeout=60)[1][-3000:]
+        assert time.monotonic() < patience, f"none of {files} after 10 minutes"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """The folder of two processes, and what each found."""
+def running(tmp_path_factory):
+    """The folder of two processes that have computed and now wait, and the processes."""
     folder = tmp_path_factory.mktemp("workers")
-    processes = start([__file__, str(folder)])
-    ends = [(*process.communicate(timeout=300), process.returncode) for process in processes]
-    assert all(code == 0 for *_, code in ends), "\n".join(err[-2000:] for _, err, _ in ends)
+    port, other_port = free_ports(2)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, __file__, str(folder), other_port]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environments = [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [subprocess.Popen(words, env=environment, cwd=folder, **pipes) for environment in environments]
+    try:
+        wait_for([folder / f"{rank}.safetensors" for rank in range(2)], processes)
+        yield folder, processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def launched(running):
+    """The folder of two processes, and what each found."""
+    folder, _ = running
     return folder, [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 
 # ------------------------------------------------------------------------------------------------- equal to one
 
 
-def test_the_gradient_of_unequal_parts_is_that_of_the_whole_batch(launched, float64):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_of_unequal_parts_is_that_of_the_whole_batch(launched, float64, way):
     torch.manual_seed(5)
     vae = GivenNoise()
     with pyro.get_param_store().scope():
         ELBO().loss_and_grads(vae.model, vae.guide, make_x())
     for found in launched[1]:
         for name, p in vae.named_parameters():
-            torch.testing.assert_close(p.detach() - found[f"step.{name}"], p.grad, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(p.detach() - found[f"{way}.step.{name}"], p.grad, rtol=1e-10, atol=1e-10)
             assert p.grad.abs().max() > 1e-2
 
 
-def test_an_epoch_of_two_workers_is_an_epoch_of_one(launched, float64):
+@pytest.mark.parametrize("way", WAYS)
+def test_an_epoch_of_two_workers_is_an_epoch_of_one(launched, float64, way):
     vae, history = adam_epoch(Workers())
     for found in launched[1]:
         for name, p in vae.named_parameters():
-            torch.testing.assert_close(found[f"epoch.{name}"], p.detach(), rtol=0, atol=1e-6)
-            assert torch.equal(found[f"epoch.{name}"], launched[1][0][f"epoch.{name}"])
+            torch.testing.assert_close(found[f"{way}.epoch.{name}"], p.detach(), rtol=0, atol=1e-6)
+            assert torch.equal(found[f"{way}.epoch.{name}"], launched[1][0][f"{way}.epoch.{name}"])
         one = [history[name][0] for name in ("objective", "elbo", "log_px", "kl")]
-        assert found["history"].tolist() == pytest.approx(one, abs=1e-6)
+        assert found[f"{way}.history"].tolist() == pytest.approx(one, abs=1e-6)
         assert found["total"].tolist() == [2.0, 1.0]
         assert found["received"].tolist() == [0.0, 0.1]
 
@@ -235,14 +273,12 @@ def test_a_run_goes_on_with_another_number_of_workers(launched, float64):
 # ------------------------------------------------------------------------------------------------- ends
 
 
-def test_a_killed_worker_ends_the_others_in_plain_words_and_the_run_can_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["-m", "pyro_vae", "train", "--out", "run", "--epochs", "9999", "--batch_size", "512", "--device", "cpu"]
-    words += ["--figures", "false", "--eval_particles", "3"]
-    processes = start(words, cwd=tmp_path)
-    metrics, patience = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
-    while not metrics.exists() and time.monotonic() < patience:
-        time.sleep(0.05)
+def test_a_killed_worker_ends_the_others_in_plain_words_and_the_run_can_go_on(running, monkeypatch, capsys):
+    folder, processes = running
+    monkeypatch.chdir(folder)
+    (folder / "go").touch()
+    metrics = folder / "run" / "metrics.jsonl"
+    wait_for([metrics], processes)
     processes[1].kill()
     (out, err), (other_out, other_err) = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [130, -signal.SIGKILL]
@@ -253,7 +289,7 @@ def test_a_killed_worker_ends_the_others_in_plain_words_and_the_run_can_go_on(tm
     rows = metrics.read_text().splitlines()
     main(["resume", "run", "--epochs", str(len(rows) + 1), "--device", "cpu"])
     assert f"epoch {len(rows) + 1}/" in capsys.readouterr().out
-    assert not list((tmp_path / "run").rglob(".*"))
+    assert not list((folder / "run").rglob(".*"))
 
 
 # ------------------------------------------------------------------------------------------------- alone, and refusals
@@ -314,4 +350,11 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     with parallel.join("cpu") as us:
         results = equal(us) | random(us, place)
-    save_file({name: value.contiguous() for name, value in results.items()}, place / f"{us.rank}.safetensors")
+    part = place / f"{us.rank}.part"
+    save_file({name: value.contiguous() for name, value in results.items()}, part)
+    part.rename(place / f"{us.rank}.safetensors")
+    torch.set_default_dtype(torch.float32)
+    while not (place / "go").exists():
+        time.sleep(0.05)
+    os.environ["MASTER_PORT"] = sys.argv[2]  # the first port may still be held
+    main(TRAIN)

@@ -76,6 +76,14 @@ def test_curves_draw_the_history():
     draw(ax)
 
 
+def test_what_is_no_elbo_has_another_name():
+    ax = plots.curves({**HISTORY, "valid_elbo_se": [1.0] * 4}, name="score − KL")
+    expected = ["training score − KL", "training objective", "held-out score − KL ± standard error"]
+    assert list(lines(ax)) == expected
+    upper, lower = plots.terms(HISTORY, names=("score", "KL")).child_axes
+    assert upper.get_ylabel() == "score\nnats per example" and lower.get_ylabel() == "KL\nnats per example"
+
+
 def test_objective_is_drawn_only_where_it_is_not_the_elbo():
     assert list(lines(plots.curves({**HISTORY, "objective": HISTORY["elbo"]}))) == ["training ELBO", "held-out ELBO"]
     del (history := dict(HISTORY))["elbo"]
@@ -302,7 +310,7 @@ def test_kl_bars_are_sorted_and_named():
     ax = plots.kl_per_dimension(torch.tensor([0.5, 0.001, 2.0, 0.02]))
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([2.0, 0.5, 0.02, 0.001])
     assert tick_labels(ax.xaxis) == ["3", "1", "4", "2"]
-    assert ax.texts[0].get_text() == "3 of 4 dimensions exceed 0.01 nats"
+    assert ax.texts[0].get_text() == "3 of 4 dimensions above 0.01 nats"
     assert "nats per example" in ax.get_ylabel()
     draw(ax)
     with pytest.raises(ValueError, match=r"kl has shape \(5, 2\), expected \[D\]"):
@@ -316,6 +324,29 @@ def test_few_kl_bars_stand_in_the_middle_of_a_narrow_picture(dim):
     assert left + right == pytest.approx(dim - 1) and right - left <= max(dim + 0.5, 2.5)
     assert ax.get_figure().get_figwidth() < 5
     draw(ax)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_what_is_written_beside_few_bars_stays_in_the_picture(dim):
+    ax = plots.kl_per_dimension(torch.ones(dim))
+    ax.get_figure(root=True).savefig(io.BytesIO(), format="png")
+    text, panel = ax.texts[0].get_window_extent(), ax.get_window_extent()
+    assert panel.x0 <= text.x0 and text.x1 <= panel.x1
+    bars = [bar.get_window_extent() for bar in ax.patches]
+    assert not any(text.overlaps(bar) for bar in bars)
+    assert sum(bar.width for bar in bars) > 0.4 * panel.width
+
+
+@pytest.mark.parametrize(("num", "same"), [(10, True), (20, True), (10, False)])
+def test_the_names_of_classes_never_overlap(num, same):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(50 * num) % num
+    z = torch.randn(50 * num, 2, generator=generator) + (0 if same else 1) * labels.unsqueeze(1) / num
+    ax = plots.latent_scatter(z, labels, [f"no {k}" for k in range(num)])
+    ax.get_figure(root=True).savefig(io.BytesIO(), format="png")
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == num
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_many_kl_bars_are_named_in_part():

@@ -10,7 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pyro_vae import diagnostics, plots, report
+from pyro_vae import Comparison, VonMisesFisher, diagnostics, plots, report, representation_plots
+from pyro_vae.contracts import NO_LIKELIHOOD
+from pyro_vae.spherical import OnSphere
 
 POLICY = "toy, static binarisation with seed 3, 5 test"
 HISTORY = {"epoch": [1, 2], "objective": [-9.0, -8.0], "elbo": [-9.0, -8.0], "log_px": [-8.0, -6.0], "kl": [1.0, 2.0]}
@@ -73,6 +75,7 @@ def calls(monkeypatch):
     for name in ("curves", "image_grid", "reconstructions", "latent_scatter", "manifold", "kl_per_dimension"):
         spy(name)
     spy("table_marginals")
+    spy("terms")
     return seen
 
 
@@ -164,6 +167,56 @@ def test_other_priors_get_no_circle_and_their_own_range(tmp_path, calls, flow):
     assert not options["quantiles"]
     for low, high in options["limits"]:
         assert (low, high) == pytest.approx((-4.65, 4.65), abs=0.8)  # the 1 % and 99 % quantiles
+
+
+def test_a_prior_on_the_circle_gets_the_circle_and_one_on_the_simplex_no_manifold(tmp_path, calls, monkeypatch):
+    vae, seen = Toy((4, 3)), []
+    circle = representation_plots.circle
+
+    def spy(decode, **options):
+        seen.append(decode)
+        return circle(decode, **options)
+
+    monkeypatch.setattr(representation_plots, "circle", spy)
+    vae.prior = lambda: OnSphere(torch.zeros(2))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, VonMisesFisher.num_outputs(2)))
+    posterior = VonMisesFisher(net)
+    vae.encoder = lambda x: posterior(x)  # a module would hide behind Toy's method
+    names = stems(report.write_figures(vae, data_set((4, 3)), HISTORY, tmp_path))
+    assert names == ["curves", "reconstructions", "samples", "latent", "manifold"] and "manifold" not in calls
+    z = calls["latent_scatter"][0][0]
+    assert torch.allclose(z.norm(dim=1), torch.ones(5)) and calls["latent_scatter"][1] == {"prior_circle": False}
+    assert len(seen) == 1
+    vae.prior = lambda: dist.Dirichlet(torch.ones(2))
+    vae.encoder = lambda x: dist.Dirichlet(1 + x.flatten(1)[:, :2])
+    assert stems(report.write_figures(vae, data_set((4, 3)), {}, tmp_path / "simplex")) == [
+        *("reconstructions", "samples", "latent")
+    ]
+
+
+def test_curves_of_what_is_no_elbo_say_so(tmp_path, calls):
+    vae, data = Toy((4, 3)), data_set((4, 3))
+    report.write_figures(vae, data, HISTORY, tmp_path)
+    assert calls["curves"][0][2] == "ELBO" and calls["terms"][0][2] == ("log p(x | z)", "KL(q(z | x) || p(z))")
+    vae.encoder = lambda x: dist.Delta(vae.back(x.flatten(1)), event_dim=1)
+    report.write_figures(vae, data, HISTORY, tmp_path)
+    assert calls["curves"][0][2] == "log p(x, z) at the code"
+    vae = Toy((4, 3))
+    decode = Comparison(event_dim=2)
+    vae.decoder = lambda z: decode(vae.out(z).unflatten(-1, vae.event))
+    report.write_figures(vae, data, HISTORY, tmp_path)
+    assert calls["curves"][0][2] == "score − KL" and calls["terms"][0][2][0] == "score"
+
+
+def test_the_page_of_a_score_calls_nothing_a_bound(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "curves.png").write_bytes(b"")
+    bound = "Left: the evidence lower bound"
+    assert bound in report.write_report(tmp_path).read_text()
+    estimate = {"name": "score - KL (no bound)", "mean": -3.0, "standard_error": 0.1, "caveat": NO_LIKELIHOOD}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"estimates": [estimate], "policy": POLICY}))
+    page = report.write_report(tmp_path).read_text()
+    assert bound not in page and "Left: the score less the KL, which bounds nothing" in page
 
 
 def test_distributions_without_a_mean_are_averaged(tmp_path, calls):

@@ -12,13 +12,16 @@ from pyro_vae.representation import (
     Score,
     anomaly_score,
     auroc,
+    auroc_difference,
     class_distances,
     confusions,
+    jackknife_error,
     knn_accuracy,
     knn_predict,
     linear_probe,
     posterior_means,
     represent,
+    top_confusions,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -179,3 +182,43 @@ def test_refusals(change, words):
         auroc(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match="give more examples"):
         auroc(torch.tensor([1.0]), torch.tensor([1.0, 2.0]))
+
+
+def test_the_difference_of_aurocs_is_paired():
+    ordinary, odd = torch.randn(200), torch.randn(150) + 1
+    noise = [0.1 * torch.randn(len(part)) for part in (ordinary, odd)]
+    other = ordinary + noise[0], odd + noise[1]
+    found, one, two = auroc_difference((ordinary, odd), other), auroc(ordinary, odd), auroc(*other)
+    assert found.value == pytest.approx(one.value - two.value)
+    assert 0 < found.standard_error < 0.4 * math.hypot(one.standard_error, two.standard_error)
+    assert auroc_difference(other, other).standard_error == 0
+    with pytest.raises(ValueError, match="of the same examples"):
+        auroc_difference((ordinary, odd), (ordinary, odd[1:]))
+
+
+def test_the_error_of_the_difference_is_that_of_repetitions():
+    def one():
+        ordinary, odd = torch.randn(60), torch.randn(50) + 1
+        return auroc_difference((ordinary, odd), (ordinary + torch.randn(60), odd + torch.randn(50)))
+
+    found = [one() for _ in range(200)]
+    values, errors = (torch.tensor([getattr(each, name) for each in found]) for name in ("value", "standard_error"))
+    assert 0.85 < errors.square().mean().sqrt() / values.std() < 1.18
+
+
+def test_the_top_confusions_are_shares_of_the_true_class():
+    counts = torch.tensor([[90, 10, 0], [0, 15, 5], [1, 0, 1]])
+    found = top_confusions(counts, 3)
+    assert [pair[:2] for pair in found] == [(2, 0), (1, 2), (0, 1)]
+    assert [pair[2].value for pair in found] == [0.5, 0.25, 0.1]
+    assert found[1][2].standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 19))
+    assert top_confusions(counts, 6)[-1][2].value == 0
+    with pytest.raises(ValueError, match="use confusions"):
+        top_confusions(counts, 7)
+
+
+def test_the_jackknife_takes_the_same_rows_from_all_sets_and_several_numbers():
+    z, y = torch.randn(30, 2), torch.arange(30)
+    errors = jackknife_error(lambda a, b: (a.mean().item(), float(len(a) - len(b))), z, y, num_groups=30)
+    assert errors[1] == 0 and errors[0] == pytest.approx((z.mean(1).std() / math.sqrt(30)).item())
+    assert jackknife_error(lambda a, b: float((a - b).abs().sum()), z[:, 0], z[:, 0], num_groups=5) == 0

@@ -10,6 +10,7 @@ from scipy import linalg, stats
 from pyro_vae import VAE, Binomial, Decoder, DiagonalNormal, Mlp, StandardNormal, datasets
 from pyro_vae.sample_quality import (
     frechet_distance,
+    nearest_distance,
     paired_t_test,
     precision_recall,
     quality,
@@ -124,3 +125,14 @@ def test_the_data_is_better_than_an_untrained_model(digits, classifier):
     unlabelled = SimpleNamespace(name="toy", train_labels=None, test_labels=None)
     with pytest.raises(ValueError, match="with labels, found toy without"):
         quality(vae, unlabelled)
+
+
+def test_the_nearest_picture_is_the_one_that_all_distances_name():
+    x, made = torch.rand(700, 1, 4, 3), torch.rand(600, 1, 4, 3)
+    found = nearest_distance(made, x, policy="toy")
+    expected = torch.cdist(made.flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    assert torch.allclose(found.values.float(), expected) and found.policy == "toy"
+    assert nearest_distance(x[:5], x).values.abs().max() == 0
+    assert str(found).endswith("in units of x (to the nearest of 700, n=600)")
+    with pytest.raises(ValueError, match="give both one shape"):
+        nearest_distance(made, x.flatten(1))

@@ -1,0 +1,157 @@
+"""The noise of a captured step is fresh: independent from step to step, of the right distribution, and learns as well.
+
+Draws leave the graph beside the loss, so the noise itself is looked at, over thousands of replays.
+"""
+
+import math
+import shutil
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from scipy import stats
+from torch import nn
+
+from pyro_vae import ELBO, VAE, Binomial, Decoder, DiagonalNormal, FastSVI, Mlp, StandardNormal, datasets
+from pyro_vae.compiling import CompiledStep
+
+B, REPLAYS = 5, 1500
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler, and there is none"
+)
+
+# Each draw with the distribution that its replays must have.
+CONTINUOUS = {
+    "Normal": (lambda: dist.Normal(torch.zeros(B), 1.0), stats.norm()),
+    "Laplace": (lambda: dist.Laplace(torch.zeros(B), 1.0), stats.laplace()),
+    "Gamma": (lambda: dist.Gamma(0.7 * torch.ones(B), 1.0), stats.gamma(0.7)),
+    "Beta": (lambda: dist.Beta(0.7 * torch.ones(B), 2.0), stats.beta(0.7, 2.0)),
+    "StudentT": (lambda: dist.StudentT(4.0, torch.zeros(B), 1.0), stats.t(4.0)),
+    "Gumbel": (lambda: dist.Gumbel(torch.zeros(B), 1.0), stats.gumbel_r()),
+}
+DISCRETE = {
+    "Bernoulli": (lambda: dist.Bernoulli(0.3 * torch.ones(B)), [0.7, 0.3]),
+    "Categorical": (lambda: dist.Categorical(torch.tensor([0.2, 0.3, 0.5]).expand(B, 3)), [0.2, 0.3, 0.5]),
+    "Poisson": (lambda: dist.Poisson(0.8 * torch.ones(B)), stats.poisson(0.8).pmf(range(3)).tolist()),
+}
+
+
+def replays(draw, backend="replay", count=REPLAYS):
+    """What a captured step drew, [count, B]: a parameter moves as well, so that there is something to train."""
+    weight = nn.Parameter(torch.ones(()))
+
+    def function(x):
+        z = draw()
+        (weight * (x + z).square().sum()).backward()
+        return weight.detach().clone(), z.detach()
+
+    step = CompiledStep(function, [weight], nn.Module(), warm=0, backend=backend)
+    with pyro.validation_enabled(False):
+        found = torch.stack([step(torch.ones(B))[1].clone() for _ in range(count)])
+    assert ("replayed" if backend == "replay" else "compiled") in step.explain(), step.explain()
+    return found
+
+
+def assert_uncorrelated(z):
+    """Step with next step, and neighbours within a step: as for independent draws, to 4 standard errors."""
+    z = (z - z.mean()) / z.std()
+    for lag in (1, 2, 7):
+        product = z[lag:] * z[:-lag]
+        assert product.mean().abs() < 4 * product.std() / math.sqrt(product.numel()), lag
+    product = z[:, 1:] * z[:, :-1]
+    assert product.mean().abs() < 4 * product.std() / math.sqrt(product.numel())
+
+
+def assert_distributed(z, expected):
+    """Kolmogorov and Smirnov's distance; beyond 2 / sqrt(n) with a probability of 7e-4."""
+    assert stats.kstest(z.flatten().numpy(), expected.cdf).statistic < 2 / math.sqrt(z.numel())
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_replays_draw_anew_from_the_distribution(float64, name):
+    make, expected = CONTINUOUS[name]
+    z = replays(lambda: make().rsample())
+    assert len(z.unique()) == z.numel()
+    assert_distributed(z, expected)
+    if name != "StudentT":  # whose fourth moment, of which the standard error is made, is infinite
+        assert_uncorrelated(z)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_replays_draw_anew_from_the_classes(float64, name):
+    make, probs = DISCRETE[name]
+    z = replays(lambda: make().sample()).double()
+    assert_uncorrelated(z)
+    for value, p in enumerate(probs):
+        assert abs((z == value).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / z.numel())
+
+
+def test_dropout_and_the_order_of_rows_are_drawn_anew(float64):
+    kept = replays(lambda: nn.functional.dropout(torch.ones(B), 0.3)) > 0
+    assert abs(kept.double().mean() - 0.7) < 4 * math.sqrt(0.21 / kept.numel())
+    assert_uncorrelated(kept.double())
+    order = replays(lambda: torch.randperm(B).double())
+    assert torch.equal(order.sort(1).values, torch.arange(B).double().expand(len(order), B))
+    for place in range(B):  # each row comes first equally often
+        share = (order[:, 0] == place).double().mean().item()
+        assert abs(share - 1 / B) < 4 * math.sqrt((1 / B) * (1 - 1 / B) / len(order))
+
+
+@needs_compiler
+def test_compiled_noise_is_that_of_eager_torch_draw_by_draw():
+    """Single precision and inductor: the same stream, over many steps and not only where it was compared."""
+    torch.manual_seed(4)
+    z = replays(lambda: torch.randn(B) + dist.Bernoulli(0.3 * torch.ones(B)).sample(), "inductor", 300)
+    torch.manual_seed(4)
+    eager = torch.stack([torch.randn(B) + dist.Bernoulli(0.3 * torch.ones(B)).sample() for _ in range(300)])
+    torch.testing.assert_close(z, eager)
+    assert len(z.unique()) == z.numel()
+
+
+def test_a_replay_that_repeats_its_noise_would_be_seen(float64):
+    """The checks above see a generator that starts anew at each step, or every tenth."""
+    for every in (1, 10):
+        torch.manual_seed(0)
+        z = []
+        for step in range(REPLAYS):
+            if step % every == 0:
+                torch.manual_seed(0)
+            z.append(torch.randn(B))
+        stack = torch.stack(z)
+        assert len(stack.unique()) < stack.numel()
+        with pytest.raises(AssertionError):
+            assert_distributed(stack, stats.norm())
+
+
+# ------------------------------------------------------------------------------------------------- what is learned
+
+
+def held_out_elbo(svi_class, seed, noise_seed, num_steps=120, **settings):
+    """Train on digits from the weights of ``seed`` with the noise of ``noise_seed``; nats per held-out example."""
+    digits = datasets.Digits()
+    train, held_out = digits.train.flatten(1).float(), digits.test.flatten(1)
+    torch.manual_seed(seed)
+    vae = VAE(StandardNormal(2), Decoder(Mlp(2, 24, 64), Binomial(16)), DiagonalNormal(Mlp(64, 24, 4)))
+    pyro.clear_param_store()
+    torch.manual_seed(noise_seed)
+    svi = svi_class(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), ELBO(), **settings)
+    for _ in range(num_steps):
+        svi.step(train[torch.randint(len(train), (64,))])
+    torch.manual_seed(0)  # one noise for all
+    with torch.no_grad():
+        return ELBO(20).bound(vae.model, vae.guide, held_out).mean().item()
+
+
+def test_what_is_learned_does_not_tell_captured_from_eager():
+    """Five seeds, equal steps, independent noise: the paired difference is within its standard errors."""
+    pairs = [
+        (held_out_elbo(SVI, seed, 10 + seed), held_out_elbo(FastSVI, seed, 20 + seed, backend="replay"))
+        for seed in range(5)
+    ]
+    eager, captured = torch.tensor(pairs, dtype=torch.float64).T
+    difference = captured - eager
+    error = difference.std() / math.sqrt(5)
+    assert difference.mean().abs() < 4 * error < 20, pairs
+    assert held_out_elbo(SVI, 0, 10, num_steps=1) < min(map(min, pairs)) - 100  # both have learned far more than that
