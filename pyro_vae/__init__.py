@@ -45,6 +45,7 @@ from pyro_vae.estimates import Estimate, elbo, elbo_and_log_evidence, elbo_terms
 from pyro_vae.annealing import annealed_log_evidence, sandwich
 from pyro_vae.ledger import Ledger, ledger
 from pyro_vae.training import History, fit
+from pyro_vae.memory import keep_freed_memory
 from pyro_vae import aggregate, calibration, gaps, tails
 from pyro_vae import datasets, diagnostics, exact, files, mapped, parallel, presets, streaming, testing
 from pyro_vae import derivation
@@ -161,6 +162,7 @@ __all__ = [
     "init_glorot",
     "init_he",
     "init_normal",
+    "keep_freed_memory",
     "ledger",
     "likelihoods",
     "log_evidence",

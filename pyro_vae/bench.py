@@ -8,6 +8,7 @@ parameters, each timed by itself in the same turns.
 import importlib.metadata
 import importlib.util
 import math
+import os
 import platform
 import statistics
 import time
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from pyro_vae.memory import keep_freed_memory, peak_memory
 from pyro_vae.optimizers import Adam
 from pyro_vae.plots import BLUE, GREY, VERMILION
 from pyro_vae.workloads import WAYS, WORKLOADS, HandWritten, Run, Workload
@@ -198,18 +200,6 @@ def _load() -> float:
         return math.nan
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes; on a GPU, what torch allocated there; 0: unknown."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def table(name: str, results: dict[str, dict[str, Any]]) -> str:
     """One workload in lines to read."""
     workload = WORKLOADS[name]
@@ -282,26 +272,33 @@ def bench(
     threads: int | None,
     on_result: Callable[[str], None],
     further: Mapping[str, Further],
+    keep_memory: bool = False,
 ) -> dict[str, Any]:
-    """Measure several workloads; the number of threads is put back.
+    """Measure several workloads; the number of threads and the processors of this process are put back.
 
     Args:
         names: keys of ``WORKLOADS`` or of ``further``.
         repeats: rounds.
         seconds: about how long one turn lasts.
-        threads: threads of torch; None: as they are.
+        threads: threads of torch; None: as they are; 1: on one processor, so that JAX has one too.
         on_result: called with each workload's table.
         further: what is no training step and measures itself.
+        keep_memory: all ways with :func:`pyro_vae.memory.keep_freed_memory`, which stays on.
 
     Returns:
         Machine, and for each workload its sizes, times and ratios: what ``pyro-vae bench --json`` prints.
     """
     before = torch.get_num_threads()
     state = torch.get_rng_state()
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None  # Linux
     if threads is not None:
         torch.set_num_threads(threads)
+    if threads == 1 and processors is not None:
+        os.sched_setaffinity(0, {max(processors)})
     try:
-        result: dict[str, Any] = {"machine": machine(), "repeats": repeats, "workloads": {}}
+        kept = keep_memory and keep_freed_memory()
+        result: dict[str, Any] = {"machine": machine() | {"freed_memory_kept": kept}, "repeats": repeats}
+        result["workloads"] = {}
         for name in names:
             if name in further:
                 result["workloads"][name], text = further[name](repeats)
@@ -320,4 +317,6 @@ def bench(
     finally:
         torch.set_num_threads(before)
         torch.set_rng_state(state)
+        if processors is not None:
+            os.sched_setaffinity(0, processors)
     return result

@@ -187,7 +187,8 @@ def join(device: str = "auto") -> Iterator[Workers]:
             )
         here = torch.device("cuda", local)
         torch.cuda.set_device(here)  # so that "cuda" means this one
-    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"  # each tensor by the one of its device
+    dist.init_process_group(backend, timeout=PATIENCE)
     with _interrupted_by_sigterm():
         yield Workers(dist.get_rank(), dist.get_world_size(), here)
     dist.destroy_process_group()  # not after an error: it could wait for the others, whom the end of this process tells

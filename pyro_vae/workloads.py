@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,8 +189,6 @@ def _numpyro(workload: Workload, x: Tensor) -> Run:
         raise NotImplementedError("convolutions are not written for NumPyro here")
     if importlib.util.find_spec("numpyro") is None:
         raise NotImplementedError("numpyro is not installed")
-    if torch.get_num_threads() == 1:  # read when JAX starts
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     jax: Any = importlib.import_module("jax")
     np: Any = importlib.import_module("jax.numpy")
     numpyro: Any = importlib.import_module("numpyro")

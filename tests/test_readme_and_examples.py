@@ -138,6 +138,7 @@ def test_no_module_is_imported_from_below():
         "derivation_steps",
         "derivation",
         "derivation_report",
+        "memory",
         "workloads",
         "bench",
         "bench_evaluation",

@@ -21,8 +21,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_vae import ELBO, IWAE, FastSVI, datasets, fit
-from pyro_vae.bench import machine, peak_memory
+from pyro_vae.bench import machine
 from pyro_vae.bench_epoch import measure_epoch
+from pyro_vae.memory import peak_memory
 from pyro_vae.precision import rounded, tensor_cores
 from pyro_vae.workloads import WORKLOADS, HandWritten, Workload, make_vae
 
