@@ -21,13 +21,15 @@ def test_the_two_commands_stand_in_the_readme():
     assert "pip install -e '.[test]' && pytest" in lines
 
 
-@pytest.mark.parametrize("block", range(1, 3))
+@pytest.mark.parametrize("block", range(1, 4))
 def test_readme_code_runs(block, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3  # the first is an excerpt of vae.py
+    assert len(blocks) == 4  # the first is an excerpt of vae.py
     exec(compile(blocks[block], f"README.md, block {block}", "exec"), {"__name__": "readme"})
     if block == 1:
         assert re.search(r"-\d+\.\d+ ± \d+\.\d+ nats per example \(K=1000, n=359\)", capsys.readouterr().out)
+    if block == 3:
+        assert re.search(r"(compiled|replayed), \d+ operations; \de-\d+ from eager Pyro", capsys.readouterr().out)
 
 
 def test_the_readme_names_things_that_exist():
