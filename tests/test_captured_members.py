@@ -20,7 +20,7 @@ from test_cross_product import ENCODERS, LIKELIHOODS, PRIORS, B, D, E, make_deco
 from pyro_vae import ELBO, VAE, FastSVI, StandardNormal, check_vae
 from pyro_vae.configuration import PARTS
 
-STEPS = int(os.environ.get("PYRO_VAE_STEPS", "8"))
+STEPS = int(os.environ.get("PYRO_VAE_STEPS", "4"))
 BACKEND = os.environ.get("PYRO_VAE_BACKEND", "replay")
 
 # What stays eager, and why: a pattern of the sentence that it gives. Of this library and of Pyro's objectives, nothing.
