@@ -221,8 +221,16 @@ def sandwich(
 class _Path:
     """The annealed densities of some examples, and how to walk along them."""
 
-    def __init__(self, vae: Any, x: Tensor, from_encoder: bool, betas: Tensor, leapfrog_steps: int):
-        self.record: Callable[[Tensor], Replay | None] = lambda z: None
+    def __init__(
+        self,
+        vae: Any,
+        x: Tensor,
+        from_encoder: bool,
+        betas: Tensor,
+        leapfrog_steps: int,
+        record: Callable[[Tensor, Tensor], Replay | None] = lambda x, z: None,
+    ):
+        self.record = record  # x, z -> the densities at such shapes, recorded
         self.recorded: dict[torch.Size, Callable[..., tuple[Tensor, ...]] | None] = {}  # by the shape of z
         self.prior, self.decoder, self.x = vae.prior(), vae.decoder, x
         self.base = vae.encoder(x) if from_encoder else self.prior
@@ -238,7 +246,7 @@ class _Path:
         All temperatures are combinations of the two, so a new temperature costs nothing.
         """
         if z.shape not in self.recorded:
-            replay = self.record(z)
+            replay = self.record(self.x, z)
             self.recorded[z.shape] = None if replay is None else replay.at(self.x)
         run = self.recorded[z.shape]
         return self.densities(z) if run is None else run(z)  # type: ignore[return-value]
@@ -336,18 +344,15 @@ def _paths(
     def densities(x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         return _Path(vae, x, from_encoder, betas, leapfrog_steps).densities(z)
 
+    def record(x: Tensor, z: Tensor) -> Replay | None:
+        if z.shape not in replays:
+            replays[z.shape] = replayed(densities, [x], [z], gradients * len(z), compiled)
+        return replays[z.shape]
+
     batch = even(len(x), max(1, at_once(x, max_elements) // num_chains))
     for start in range(0, len(x), batch):
         rows = slice(start, min(start + batch, len(x)))
-        path = _Path(vae, x[rows], from_encoder, betas, leapfrog_steps)
-
-        def record(z: Tensor, x: Tensor = x[rows]) -> Replay | None:
-            if z.shape not in replays:
-                replays[z.shape] = replayed(densities, [x], [z], gradients * len(z), compiled)
-            return replays[z.shape]
-
-        path.record = record
-        yield rows, path
+        yield rows, _Path(vae, x[rows], from_encoder, betas, leapfrog_steps, record)
 
 
 def _estimate(log_w: Tensor, num_temperatures: int, leapfrog_steps: int, from_encoder: bool, policy: str) -> Estimate:

@@ -31,6 +31,8 @@ from pyro_vae.optimizers import Adam
 from pyro_vae.plots import BLUE, GREY, VERMILION
 from pyro_vae.workloads import WAYS, WORKLOADS, HandWritten, Run, Workload
 
+_FLOOR = ("products", "update")  # what is measured of it
+
 
 class Products(TorchDispatchMode):
     """Notes the matrix products and convolutions that run under it, with operands of their shapes and layouts."""
@@ -162,8 +164,8 @@ def ratios(
         {'stock SVI': (1.0, 1.0, 1.0), 'floor': (2.0, 2.0, 2.0)}
     """
     stock = results[base][clock]
-    times = {name: r[clock] for name, r in results.items() if clock in r and name not in ("products", "update")}
-    parts = [results[name][clock] for name in ("products", "update") if name in results]
+    times = {name: r[clock] for name, r in results.items() if clock in r and name not in _FLOOR}
+    parts = [results[name][clock] for name in _FLOOR if name in results]
     if parts:
         times["floor"] = [sum(part) for part in zip(*parts, strict=True)]
     found = {}
@@ -200,30 +202,46 @@ def _load() -> float:
         return math.nan
 
 
-def table(name: str, results: dict[str, dict[str, Any]]) -> str:
-    """One workload in lines to read."""
-    workload = WORKLOADS[name]
-    wall, cpu = ratios(results), ratios(results, "cpu")
-    lines = [
-        f"{name}: {workload.describe()} ({workload.origin})",
-        f"  {'':24}{'ms/step':>9}{'faster than stock (quartiles)':>32}{'by CPU time':>14}{'build s':>10}",
-    ]
-    for way in [*WAYS, "floor"]:
-        if way != "floor" and "skipped" in results[way]:
-            lines.append(f"  {way:24}not run: {results[way]['skipped']}")
+def comparison(
+    results: dict[str, dict[str, Any]],
+    base: str,
+    unit: str,
+    scale: float,
+    against: str,
+    digits: str = ".2f",
+    floor: str = "floor",
+) -> tuple[dict[str, Any], list[str]]:
+    """The ratios of all ways, and a line to read for each.
+
+    Args:
+        results: what :func:`measure` or a function of its kind gave.
+        base: what the others are compared with.
+        unit: of one turn's time, over its column.
+        scale: seconds in that unit.
+        against: what the base is, over the column of ratios.
+        digits: the format of a ratio.
+        floor: what the last line is called.
+
+    Returns:
+        What JSON stores of it, and the lines with their head.
+    """
+    wall, cpu = ratios(results, base=base), ratios(results, "cpu", base)
+    names = [name for name in results if name not in _FLOOR] + ["floor"] * ("floor" in wall.keys() - results.keys())
+    labels = {name: floor if name == "floor" else name for name in names}
+    width = max(24, *(len(label) + 3 for label in labels.values()))
+    built = any("build" in result for result in results.values())
+    lines = [f"  {'':{width}}{unit:>9}{f'{against} (quartiles)':>34}{'by CPU time':>14}{'build s' * built:>10}"]
+    for name in names:
+        if "skipped" in results.get(name, {}):
+            lines.append(f"  {labels[name]:{width}}not run: {results[name]['skipped']}")
             continue
-        parts = ("products", "update") if way == "floor" else (way,)
-        milliseconds = 1e3 * sum(statistics.median(results[part]["wall"]) for part in parts)
-        low, middle, high = wall[way]
-        spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        build = "" if way == "floor" else f"{results[way]['build']:.1f}"
-        lines.append(f"  {way:24}{milliseconds:9.3g}{spread:>32}{cpu[way][1]:14.2f}{build:>10}")
-    operations, best = num_operations(workload), min(results["products"]["wall"])
-    lines.append(
-        f"  floor: {operations / 1e9:.3g} G operations in matrix products, at {operations / best / 1e9:.0f} G/s here, "
-        "and Adam's pass over the parameters"
-    )
-    return "\n".join(lines)
+        parts = [results[part] for part in ((name,) if name in results else _FLOOR) if part in results]
+        median = scale * sum(statistics.median(part["wall"]) for part in parts)
+        low, middle, high = (format(value, digits) for value in wall[name])
+        build = f"{parts[0]['build']:.1f}" if "build" in parts[0] else ""
+        spread = f"{middle} ({low} to {high})"
+        lines.append(f"  {labels[name]:{width}}{median:9.3g}{spread:>34}{format(cpu[name][1], digits):>14}{build:>10}")
+    return {"ratios": wall, "ratios_by_cpu_time": cpu, "times": results}, lines
 
 
 def speed_bars(found: dict[str, dict[str, tuple[float, float, float]]], ax: Axes | None = None) -> Axes:
@@ -304,15 +322,17 @@ def bench(
                 result["workloads"][name], text = further[name](repeats)
                 on_result(text)
                 continue
-            times = measure(WORKLOADS[name], repeats, seconds)
-            result["workloads"][name] = {
-                "sizes": WORKLOADS[name].describe(),
-                "operations": num_operations(WORKLOADS[name]),
-                "ratios": ratios(times),
-                "ratios_by_cpu_time": ratios(times, "cpu"),
-                "times": times,
-            }
-            on_result(table(name, times))
+            workload = WORKLOADS[name]
+            times, operations = measure(workload, repeats, seconds), num_operations(workload)
+            found, lines = comparison(times, "stock SVI", "ms/step", 1e3, "faster than stock")
+            result["workloads"][name] = {"sizes": workload.describe(), "operations": operations, **found}
+            best = min(times["products"]["wall"])
+            lines.insert(0, f"{name}: {workload.describe()} ({workload.origin})")
+            lines.append(
+                f"  floor: {operations / 1e9:.3g} G operations in matrix products, at {operations / best / 1e9:.0f} "
+                "G/s here, and Adam's pass over the parameters"
+            )
+            on_result("\n".join(lines))
         result["peak_memory"] = peak_memory()
     finally:
         torch.set_num_threads(before)

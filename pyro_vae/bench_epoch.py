@@ -5,7 +5,6 @@ black and white pictures of MNIST's shape stand for the data. Between two epochs
 """
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_vae.bench import products, ratios, update
+from pyro_vae.bench import comparison, products, update
 from pyro_vae.training import fit
 from pyro_vae.workloads import WORKLOADS, Workload, make_vae
 
@@ -137,14 +136,6 @@ def bench_epoch(repeats: int) -> tuple[dict[str, Any], str]:
         repeats: epochs of each way that are timed.
     """
     times = measure_epoch(repeats)
-    wall, cpu = ratios(times, base=EXAMPLE), ratios(times, "cpu", base=EXAMPLE)
     sizes = f"{WORKLOADS['W1'].describe()}, 60,000 pictures"
-    lines = [
-        f"epoch: {sizes} (Pyro's example)",
-        f"  {'':24}{'s/epoch':>9}{'faster than the example':>32}{'by CPU time':>14}",
-    ]
-    for name, (low, middle, high) in wall.items():
-        spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"  {name:24}{statistics.median(times[name]['wall']):9.3g}{spread:>32}{cpu[name][1]:14.2f}")
-    result = {"sizes": sizes, "ratios": wall, "ratios_by_cpu_time": cpu, "times": times}
-    return result, "\n".join(lines)
+    found, lines = comparison(times, EXAMPLE, "s/epoch", 1, "faster than the example")
+    return {"sizes": sizes, **found}, "\n".join([f"epoch: {sizes} (Pyro's example)", *lines])

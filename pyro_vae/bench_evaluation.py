@@ -5,7 +5,6 @@ example, decoded and weighed. The floor is the matrix products of the decoder al
 """
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.bench import Products, ratios
+from pyro_vae.bench import Products, comparison
 from pyro_vae.contracts import untouched
 from pyro_vae.estimates import _Weights
 from pyro_vae.passes import at_once, passes
@@ -166,16 +165,8 @@ def bench_evaluation(repeats: int) -> tuple[dict[str, Any], str]:
     """
     workload, num_particles = WORKLOADS["iwae"], 5000
     times = measure_evaluation(workload, num_particles, repeats)
-    wall, cpu = ratios(times, base=LOOP), ratios(times, "cpu", base=LOOP)
     sizes = f"log p(x) of {workload.describe().rsplit(', B', 1)[0]}, K={num_particles}"
-    lines = [
-        f"evaluation: {sizes}",
-        f"  {'':38}{'us/draw':>9}{'faster than the loop (quartiles)':>34}{'by CPU time':>14}{'build s':>10}",
-    ]
-    for name, (low, middle, high) in wall.items():
-        one = times["products" if name == "floor" else name]
-        spread = f"{middle:.3g} ({low:.3g} to {high:.3g})"
-        label = "floor: matrix products" if name == "floor" else name
-        microseconds = 1e6 * statistics.median(one["wall"])
-        lines.append(f"  {label:38}{microseconds:9.3g}{spread:>34}{cpu[name][1]:14.3g}{one['build']:10.1f}")
-    return {"sizes": sizes, "ratios": wall, "ratios_by_cpu_time": cpu, "times": times}, "\n".join(lines)
+    found, lines = comparison(
+        times, LOOP, "us/draw", 1e6, "faster than the loop", digits=".3g", floor="floor: matrix products"
+    )
+    return {"sizes": sizes, **found}, "\n".join([f"evaluation: {sizes}", *lines])

@@ -18,41 +18,35 @@ What cannot be captured runs eagerly, as it would have without this file, and :m
 Python numbers that the model reads while it runs are recorded as they are: pass what changes as an argument.
 """
 
-import importlib
-import re
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import pyro
 import pyro.infer
 import pyro.poutine
-import pyro.util
 import torch
 from pyro.infer.util import torch_item
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_vae.capture import (
+    NotCapturable,
+    compile_graph,
+    lift,
+    plain_reason,
+    recording,
+    refuse_constants,
+    rewound,
+    store_kept,
+)
 from pyro_vae.cuda_graphs import Recorded, can_record, generators_of, host_traffic
 from pyro_vae.optimizers import register, torch_optimizer
-from pyro_vae.traceable import PlainDraws, assigned_in_place, dense_enumeration
+from pyro_vae.traceable import assigned_in_place
 
 TOLERANCE = 1e-3  # relative, of loss and gradients; float32 sums in another order differ by some 1e-6
-# fallback_random keeps eager's noise; rearranged memory layouts cost more than they gain in small convolutions.
-_OPTIONS: dict[str, Any] = {"fallback_random": True, "layout_optimization": False}
-_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-
-
-class NotCapturable(Exception):
-    """A step that cannot become one graph; the message says which operation or difference is in the way."""
 
 
 class CompiledStep:
@@ -116,7 +110,7 @@ class CompiledStep:
             try:
                 self._graphs[key] = _Graph(self, args)
             except Exception as error:  # whatever goes wrong in tracing or compiling, eager Pyro is still right
-                self._fall_back(key, _plain(error))
+                self._fall_back(key, plain_reason(error))
         graph = self._graphs[key]
         return self._eager(*args) if isinstance(graph, str) else graph(*args)
 
@@ -148,7 +142,7 @@ class CompiledStep:
         graph = self._graphs.get(key)
         if isinstance(graph, _Graph):
             try:
-                with _rewound(self.parameters, [*self.module.buffers(), *self.state], args) as rewind, torch.no_grad():
+                with rewound(self.parameters, [*self.module.buffers(), *self.state], args) as rewind, torch.no_grad():
                     graph.compare(args, rewind, "by now")
             except NotCapturable as error:
                 self._changes += 1
@@ -200,7 +194,7 @@ class _Graph:
         self.names: list[str] = []
 
         def record(*inputs: Tensor) -> list[Any]:
-            with _recording():
+            with recording():
                 out = step._eager(*inputs)
             self.is_tuple = isinstance(out, tuple)
             self.parameters = [p for p in step.parameters if p.grad is not None]  # an optimiser skips the others
@@ -214,13 +208,13 @@ class _Graph:
         trained = {id(p) for p in step.parameters}
         others = [p for _, p in pyro.get_param_store().named_parameters() if id(p) not in trained]
         buffers = [*step.module.buffers(), *step.state, *others]
-        with _rewound(step.parameters, buffers, args) as rewind, torch.no_grad():
-            with _store_kept():
+        with rewound(step.parameters, buffers, args) as rewind, torch.no_grad():
+            with store_kept():
                 graph = make_fx(record, tracing_mode="real")(*args)
             graph.graph.eliminate_dead_code()  # a plate counts its examples, say; draws stay
-            held, lifted = _lift(graph)
+            held, lifted = lift(graph)
             known = [*step.parameters, *buffers, *args]
-            _refuse_constants(graph, dict(zip(held, lifted, strict=True)), known, self.names)
+            refuse_constants(graph, dict(zip(held, lifted, strict=True)), known, self.names)
             self.inputs = [tensor.detach() for tensor in lifted]
             rewind()
             self.run: Callable[..., Any]
@@ -230,12 +224,14 @@ class _Graph:
             self.how, self.run = "replayed", graph
             if compiles:
                 try:
-                    self.how, self.run = "compiled", _compile(graph, [*self.inputs, *args])
+                    self.how, self.run = "compiled", compile_graph(graph, [*self.inputs, *args])
                 except Exception as error:  # no C++ compiler, say: the graph still spares the Python of each step
                     reason = " ".join(str(error).split())[:200]
                     warnings.warn(f"not compiled, replayed as it is: {reason}", RuntimeWarning, stacklevel=4)
             self.error = self.compare(args, rewind)
             self._compare_elsewhere(args, rewind)
+        reached = {id(p) for p in self.parameters}
+        self.without_gradient = [p for p in step.parameters if id(p) not in reached]
         device = next((t.device for t in [*step.parameters, *args]), torch.device("cpu"))
         self.obstacle = host_traffic(graph, device)
         self.recorded: Recorded | None = None
@@ -249,7 +245,7 @@ class _Graph:
     def compare(self, args: tuple[Tensor, ...], rewind: Callable[[], None], where: str = "on the same noise") -> float:
         """The largest relative difference from eager Pyro from one random state."""
         rewind()
-        with _store_kept():
+        with store_kept():
             out = self.step._eager(*args)
         values = [torch.as_tensor(value) for value in (out if self.is_tuple else (out,))]
         if any((p.grad is None) == any(p is q for q in self.parameters) for p in self.step.parameters):
@@ -288,7 +284,7 @@ class _Graph:
         turned = tuple(a.roll(1, 0) if a.dim() else a for a in args)
         elsewhere()
         try:
-            with _store_kept():
+            with store_kept():
                 self.step._eager(*turned)
         except Exception:  # rows that must stand in order, such as sequences by their length
             turned = args
@@ -299,10 +295,8 @@ class _Graph:
         count = len(out) - len(self.parameters)
         for parameter, gradient in zip(self.parameters, out[count:], strict=True):
             parameter.grad = gradient
-        if len(self.parameters) < len(self.step.parameters):
-            for parameter in self.step.parameters:
-                if all(parameter is not p for p in self.parameters):
-                    parameter.grad = None
+        for parameter in self.without_gradient:
+            parameter.grad = None
         values = out[:count]
         if self.recorded is not None:  # the next replay writes into the same memory
             values = [value.clone() if isinstance(value, Tensor) else value for value in values]
@@ -313,198 +307,6 @@ class _Graph:
         recorded = ", in a CUDA graph" if self.recorded is not None and self.recorded.failure is None else ""
         how = f"{self.how}{recorded}, {self.num_operations} operations"
         return f"{how}; {self.error:.0e} from eager Pyro on the same noise"
-
-
-_MASK_INDEX = "{} gives a shape that depends on values: use torch.where instead of a mask index"
-
-
-class _NoHostCopies(TorchFunctionMode):
-    """While recording, ``.item()`` in Pyro's bookkeeping stays a tensor: its value only leaves the graph."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            raise NotCapturable(_MASK_INDEX.format("x[mask]"))  # here, where the line that does it is known
-        return args[0].detach() if func is torch.Tensor.item else func(*args, **(kwargs or {}))
-
-
-class _LastSite(Messenger):
-    """Notes the sample site that is being drawn or scored, to name it where recording fails."""
-
-    name: str | None = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.name = msg["name"]
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Validation and NaN warnings branch on values, which a graph cannot; they are off while it is recorded."""
-    old = pyro.util.torch_isnan, pyro.util.torch_isinf, Distribution._validate_sample
-    pyro.util.torch_isnan = pyro.util.torch_isinf = lambda value: False  # type: ignore[assignment]
-    Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]  # of those that were made before, with validation on
-    site = _LastSite()
-    try:
-        with pyro.validation_enabled(False), _NoHostCopies(), PlainDraws(), dense_enumeration(), site:
-            yield
-    except Exception as error:
-        error.__dict__.setdefault("site", site.name)
-        raise
-    finally:
-        pyro.util.torch_isnan, pyro.util.torch_isinf, Distribution._validate_sample = old  # type: ignore[method-assign]
-
-
-@contextmanager
-def _store_kept() -> Iterator[None]:
-    """Refuse a step that assigns entries of the parameter store, which a replay would not do; put them back."""
-    store = pyro.get_param_store()
-    before = dict(store.named_parameters())
-    state = store.get_state()
-    try:
-        yield
-    finally:
-        assigned = [name for name, p in store.named_parameters() if name in before and before[name] is not p]
-        store.set_state(state)
-    if assigned:
-        raise NotCapturable(
-            f"the step gives {assigned[0]!r} in Pyro's parameter store another tensor, and a gradient or another "
-            "shape: change it in place"
-        )
-
-
-# What torch says where a step cannot be recorded, and what a person can do about it.
-_REMEDIES = (
-    (
-        "value out of a tracing tensor|data-dependent|_local_scalar_dense|GuardOnDataDependent",
-        "a Python number or branch is made of a tensor's value: use torch.where, or keep the tensor",
-    ),
-    ("numpy", "a tensor becomes a NumPy array: compute with torch"),
-)
-
-
-def _plain(error: Exception) -> str:
-    """One line: what happened, at which line of the user's program and near which site."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, NotCapturable):
-        remedies = (remedy for pattern, remedy in _REMEDIES if re.search(pattern, text))
-        text = next(remedies, f"{type(error).__name__}: {text[:200]}")
-    frames = traceback.extract_tb(error.__traceback__)
-    inner = Path(pyro.__file__).parent  # type: ignore[arg-type]
-    users = [frame for frame in frames if _is_users(frame.filename)]
-    places = users or [frame for frame in frames if Path(frame.filename).is_relative_to(inner)]
-    if places:
-        text += f" (in {Path(places[-1].filename).name}:{places[-1].lineno}, {places[-1].line!r})"
-    site = getattr(error, "site", None)
-    return text + (f" (at or after site {site!r})" if site else "")
-
-
-def _is_users(filename: str) -> bool:
-    """Whether a line of code is the user's, or of this library's terms, rather than the machinery's."""
-    inner = [Path(module.__file__).parent for module in (torch, pyro)]  # type: ignore[arg-type]
-    path, ours = Path(filename), Path(__file__)
-    machinery = ours, ours.with_name("traceable.py")
-    return not filename.startswith("<") and path not in machinery and not any(map(path.is_relative_to, inner))
-
-
-@contextmanager
-def _rewound(parameters: Sequence[Tensor], buffers: Sequence[Tensor], args: Sequence[Tensor]) -> Iterator[Any]:
-    """Trials leave no trace: all that they change is put back by ``rewind()``, and at the end."""
-    devices = sorted({t.device for t in [*parameters, *buffers, *args] if t.device.type == "cuda"}, key=str)
-    state, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-    changing = [*parameters, *buffers]
-    values = [tensor.detach().clone() for tensor in changing]
-
-    def rewind() -> None:
-        torch.set_rng_state(state)
-        for device, device_state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(device_state, device)
-        with torch.no_grad():
-            for tensor, value in zip(changing, values, strict=True):
-                tensor.copy_(value)
-        for parameter in parameters:
-            parameter.grad = None
-
-    try:
-        yield rewind
-    finally:
-        rewind()
-
-
-def _lift(module: GraphModule) -> tuple[list[Any], list[Tensor]]:
-    """Turn the tensors that a graph holds into its first inputs, in place; these inputs, and the tensors."""
-    graph = module.graph
-    inputs: dict[int, tuple[Any, Tensor]] = {}
-    first = next(iter(graph.nodes))
-    for node in list(graph.nodes):
-        if node.op == "call_function":
-            _refuse_dynamic_shapes(node)
-        if node.op != "get_attr" or not isinstance(getattr(module, node.target), Tensor):
-            continue
-        if all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
-            continue  # a literal such as torch.tensor(0.5): a constant indeed
-        tensor = getattr(module, node.target)
-        if id(tensor) not in inputs:
-            with graph.inserting_before(first):
-                inputs[id(tensor)] = (graph.placeholder(f"held_{len(inputs)}"), tensor)
-            inputs[id(tensor)][0].meta["val"] = tensor  # its type is asked for where it is an index
-        node.replace_all_uses_with(inputs[id(tensor)][0])
-        graph.erase_node(node)
-    module.recompile()
-    return [node for node, _ in inputs.values()], [tensor for _, tensor in inputs.values()]
-
-
-def _refuse_constants(
-    module: GraphModule, held: dict[Any, Tensor], known: Sequence[Tensor], names: Sequence[str]
-) -> None:
-    """A result that no argument, parameter, buffer or draw reaches, but a tensor made while recording, has lost them.
-
-    A tensor subclass that hides its tensor does that (Pyro's provenance), and so does a way through NumPy.
-    """
-    storages = {t.untyped_storage().data_ptr() for t in known}
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    for name, result in zip(names, output.args[0], strict=True):
-        if not isinstance(result, torch.fx.Node):
-            continue  # a number, the same each time
-        seen, todo, frozen = {result}, [result], False
-        while todo:
-            node = todo.pop()
-            tensor = held.get(node)
-            unknown = tensor is not None and tensor.untyped_storage().data_ptr() not in storages
-            frozen |= unknown
-            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            if random or (node.op == "placeholder" and not unknown):
-                break
-            fresh = set(node.all_input_nodes) - seen
-            seen |= fresh
-            todo += fresh
-        else:
-            if frozen:
-                raise NotCapturable(
-                    f"{name} is a constant in the captured graph, since it came by a tensor subclass, NumPy or a list: "
-                    "compute it with plain tensors (detach_provenance for Pyro's)"
-                )
-
-
-def _refuse_dynamic_shapes(node: torch.fx.Node) -> None:
-    """Boolean indexing and its kin give another number of elements each time; a replay would be wrong."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return
-    dynamic = torch.Tag.dynamic_output_shape in target.tags
-    if target.overloadpacket in _INDEXING:
-        masks = [i for i in node.args[1] if i is not None]  # type: ignore[union-attr]
-        dynamic = any((i.meta.get("tensor_meta") or i.meta["val"]).dtype == torch.bool for i in masks)  # type: ignore
-    if dynamic:
-        raise NotCapturable(_MASK_INDEX.format(target))
-
-
-def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Inductor directly where this torch has it (private, a few per cent faster), else the public way."""
-    direct = getattr(importlib.import_module("torch._inductor"), "compile", None)
-    if direct is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's about itself, which would end it where warnings are errors
-            return direct(graph, inputs, options=_OPTIONS)
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
 class FastSVI:

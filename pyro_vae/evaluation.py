@@ -55,10 +55,11 @@ def quadrature(vae: Any, x: Tensor, policy: str = "") -> Estimate:
         prior = vae.prior()
         latent_dim = prior.event_shape[0]
         if not is_real(prior) or latent_dim > 2:
-            elsewhere = "a discrete z" if is_discrete(prior) else f"z on {prior.support}"
+            found = "a discrete z" if is_discrete(prior) else f"z on {prior.support}"
+            if is_real(prior):
+                found = f"{latent_dim} latent dimensions"
             raise ValueError(
-                "expected one or two continuous latent dimensions for quadrature, found "
-                f"{f'{latent_dim} latent dimensions' if is_real(prior) else elsewhere}: "
+                f"expected one or two continuous latent dimensions for quadrature, found {found}: "
                 "use enumeration for a discrete z, else importance sampling or, for z on R^D, annealing."
             )
         axis = torch.linspace(-_LIMIT, _LIMIT, _POINTS, dtype=x.dtype, device=x.device)

@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 from torch import Tensor
 
-from pyro_vae.compiling import NotCapturable
+from pyro_vae.capture import NotCapturable
 from pyro_vae.contracts import check_vae
 from pyro_vae.replays import Replay
 from pyro_vae.terms import Program, Terms, check_num_particles, draw

@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiling import (
-    NotCapturable,
-    _compile,
-    _lift,
-    _plain,
-    _recording,
-    _rewound,
-    _store_kept,
-)
+from pyro_vae.capture import NotCapturable, compile_graph, lift, plain_reason, recording, rewound, store_kept
 
 TOLERANCE = 1e-5  # relative; float32 sums in another order differ by some 1e-7
 Backend = Literal["inductor", "replay"]
@@ -67,7 +59,7 @@ class Replay:
             with torch.no_grad():
                 self._capture(function, _contiguous(fixed), _contiguous(varying), backend)
         except Exception as error:  # the function itself is still right
-            raise NotCapturable(_plain(error)) from error
+            raise NotCapturable(plain_reason(error)) from error
 
     def at(self, *fixed: Tensor) -> Callable[..., tuple[Tensor, ...]]:
         """The function of the varying arguments alone, with its first ones given: same shapes as where recorded."""
@@ -93,13 +85,13 @@ class Replay:
         args = [*fixed, *varying]
 
         def record(*inputs: Tensor) -> tuple[Tensor, ...]:
-            with _recording():
+            with recording():
                 return tuple(function(*inputs))
 
-        with _rewound([], [], args) as rewind:
-            with _store_kept():
+        with rewound([], [], args) as rewind:
+            with store_kept():
                 graph = make_fx(record, tracing_mode="real")(*args)
-            held, self._inputs = _lift(graph)
+            held, self._inputs = lift(graph)
             self._inputs = [tensor.detach() for tensor in self._inputs]
             self._first, second = _split(graph, len(held) + len(fixed))
             self._counts = tuple(sum(n.op == "call_function" for n in g.graph.nodes) for g in (self._first, second))
@@ -109,7 +101,7 @@ class Replay:
             if backend == "inductor":
                 try:
                     typed = make_fx(second, tracing_mode="fake")(*kept, *varying)  # each node has its shape and type
-                    self._how, self._second = "compiled", _compile(typed, [*kept, *varying])
+                    self._how, self._second = "compiled", compile_graph(typed, [*kept, *varying])
                 except Exception as error:  # no C++ compiler, say: the graph still spares Python's part
                     self._how = f"replayed, not compiled ({' '.join(str(error).split())[:200]})"
             self._error = self._compare(function, fixed, varying, rewind)
@@ -127,7 +119,7 @@ class Replay:
     ) -> float:
         """The largest relative difference from the function itself, from one random state."""
         rewind()
-        with _store_kept():
+        with store_kept():
             expected = function(*fixed, *varying)
         rewind()
         found = self.at(*fixed)(*varying)

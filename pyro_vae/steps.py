@@ -11,8 +11,6 @@ epoch (:mod:`pyro_vae.cuda_graphs`): learning rates, the step's number and the o
 and what changes them needs no new recording. On a processor the same function simply runs.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.capture import has_compiler
 from pyro_vae.compiling import TOLERANCE, CompiledStep, capturable
 from pyro_vae.contracts import untouched
 from pyro_vae.cuda_graphs import Recorded, can_record
@@ -55,8 +54,7 @@ def how_to_step(num_batches: int, epochs: int, device: torch.device) -> How:
         >>> how_to_step(23, 10, torch.device("cpu")), how_to_step(23, 200, torch.device("cpu"))
         (False, 'replay')
     """
-    compiler = device.type != "cpu" or os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))
-    if num_batches >= WORTH_COMPILING and compiler:
+    if num_batches >= WORTH_COMPILING and (device.type != "cpu" or has_compiler()):
         return True
     return "replay" if num_batches * epochs >= WORTH_CAPTURING else False
 

@@ -4,7 +4,6 @@ Draws leave the graph beside the loss, so the noise itself is looked at, over th
 """
 
 import math
-import shutil
 
 import pyro
 import pyro.distributions as dist
@@ -13,12 +12,11 @@ import torch
 from scipy import stats
 from torch import nn
 
+from pyro_vae.capture import has_compiler
 from pyro_vae.compiling import CompiledStep
 
 B, REPLAYS = 5, 1500
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler, and there is none"
-)
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler, and there is none")
 
 # Each draw with the distribution that its replays must have.
 CONTINUOUS = {

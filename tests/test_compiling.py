@@ -4,7 +4,6 @@ Most cases replay the captured graph operation by operation, which is exact and 
 """
 
 import copy
-import shutil
 import warnings
 
 import pyro
@@ -32,13 +31,12 @@ from pyro_vae import (
     datasets,
     fit,
 )
+from pyro_vae.capture import has_compiler
 from pyro_vae.compiling import CompiledStep
 
 B, D, E = 5, 2, 7
 STEPS = 6
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler, and there is none"
-)
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler, and there is none")
 
 
 def make_vae(prior=None, likelihood=None, family=DiagonalNormal):

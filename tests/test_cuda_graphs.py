@@ -36,7 +36,8 @@ from pyro_vae import (
     steps,
     training,
 )
-from pyro_vae.compiling import CompiledStep, _recording
+from pyro_vae.capture import recording
+from pyro_vae.compiling import CompiledStep
 from pyro_vae.cuda_graphs import Recorded, host_traffic
 from pyro_vae.optimizers import Adam
 from pyro_vae.parallel import Workers
@@ -378,7 +379,7 @@ def test_whole_steps_on_a_device_have_no_host_traffic(monkeypatch, objective, fa
     objective.at_step(0, META)
     take._send_rates()
     index = torch.zeros(3, B, dtype=torch.int64, device=META)
-    with _recording():
+    with recording():
         graph = make_fx(lambda index: take._take(index), tracing_mode="real")(index)
     graph.graph.eliminate_dead_code()  # Pyro's plates count their examples on the host, and nobody asks
     names = [str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("aten.")]

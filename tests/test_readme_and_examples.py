@@ -100,6 +100,7 @@ def test_no_module_is_imported_from_below():
         "optimizers",
         "cuda_graphs",
         "traceable",
+        "capture",
         "compiling",
         "replays",
         "passes",

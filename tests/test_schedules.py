@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import shutil
 
 import pyro
 import pytest
@@ -27,6 +26,7 @@ from pyro_vae import (
     StandardNormal,
     fit,
 )
+from pyro_vae.capture import has_compiler
 from pyro_vae.cli import train
 from pyro_vae.compiling import CompiledStep
 from pyro_vae.configuration import class_names, dump, import_class, make, train_parser
@@ -34,9 +34,7 @@ from pyro_vae.schedules import Schedule, check_weight
 from pyro_vae.training import _gradients_of
 
 B, D, E = 5, 2, 7
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler, and there is none"
-)
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler, and there is none")
 
 
 def make_vae():

@@ -4,7 +4,6 @@ How workers share captured steps stands in test_parallel.py.
 """
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_vae import ELBO, VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, StandardNormal, datasets, fit, steps, training
+from pyro_vae.capture import has_compiler
 from pyro_vae.checkpoints import read_bytes, read_settings
 from pyro_vae.compiling import CompiledStep
 from pyro_vae.optimizers import Adam
@@ -65,7 +65,7 @@ def test_a_prolonged_run_is_the_longer_one(tmp_path, monkeypatch):
         fit(vae, x, epochs=6, batch_size=B, folder=folder, resume=True, compiled=True)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_a_compiled_run_stays_compiled(tmp_path, monkeypatch):
     x, vae = make_bits(), make_vae()
     fit(vae, x, epochs=1, batch_size=B, folder=tmp_path, compiled=True)
