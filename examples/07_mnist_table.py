@@ -51,7 +51,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="two epochs on the embedded digits, to see that it works")
     arguments = parser.parse_args()
     if arguments.smoke:
-        RECIPE = RECIPE.replace("500", "20") + " --likelihood Binomial --likelihood.total_count 16"
+        RECIPE = RECIPE.replace("500", "20") + " --likelihood Binomial --likelihood.total_count 16 --figures false"
         OBJECTIVES["IWAE(50)"] = OBJECTIVES["IWAE(50)"].replace("50", "5")
         print(run(arguments.root, arguments.out, [1, 2], "Digits"))
     else:

@@ -13,7 +13,8 @@ import pyro
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_vae import datasets
-from pyro_vae.wrong_loss_lab import draw_figures, explanations, grey_pictures, make_vae, run, table
+from pyro_vae.wrong_loss_lab import explanations, grey_pictures, make_vae, run, table
+from pyro_vae.wrong_loss_plots import draw_figures
 from pyro_vae.wrong_losses import LOSSES, SummedSquares, conventions
 
 EPOCHS = 2 if "--smoke" in sys.argv else 60

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from pyro_vae import ELBO, IWAE, VAE, Binomial, Decoder, DiagonalNormal, Mlp, StandardNormal, datasets, fit, plots
+from pyro_vae import ELBO, IWAE, VAE, Binomial, Decoder, DiagonalNormal, Mlp, StandardNormal, datasets, fit
 from pyro_vae.gradient_variance import (
     gradient_variance,
     log_log_slope,
@@ -25,6 +25,7 @@ from pyro_vae.gradient_variance import (
 )
 from pyro_vae.gradients import DReG, ScoreFunction, StickingTheLanding
 from pyro_vae.objectives import Objective
+from pyro_vae.plot_style import BLUE, GREEN, VERMILION
 from pyro_vae.routes import EnergyEntropy, ReconstructionKL
 
 SMOKE = "--smoke" in sys.argv
@@ -107,7 +108,7 @@ for name, points in curves.items():
 
 figure = Figure(figsize=(15.5, 4.6), layout="constrained")
 left, middle, right = figure.subplots(1, 3)
-looks = [(plots.BLUE, "o", "-"), (plots.VERMILION, "s", "--"), (plots.GREEN, "^", "-.")]
+looks = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-.")]
 axis = torch.linspace(dims[0], dims[-1], 100).tolist()
 for (name, points), (colour, marker, dash) in zip(measured.items(), looks, strict=True):
     left.plot(axis, [squared_norm_variances(d)[name] for d in axis], color=colour, ls=dash, lw=1.2)
@@ -119,7 +120,7 @@ left.legend(frameon=False, fontsize=9)
 names = list(noise)
 where = range(len(names))
 values, errors = [noise[n].total_variance for n in names], [noise[n].total_variance_error for n in names]
-middle.errorbar(values, where, xerr=errors, color=plots.BLUE, marker="o", ls="", capsize=3)
+middle.errorbar(values, where, xerr=errors, color=BLUE, marker="o", ls="", capsize=3)
 for i, (value, error) in enumerate(zip(values, errors, strict=True)):
     left_side = value > 1e5
     middle.annotate(

@@ -33,7 +33,7 @@ from pyro_vae import (
     elbo_terms,
     encoders,
     fit,
-    plots,
+    image_plots,
     presets,
     representation_plots,
     sample_quality,
@@ -41,8 +41,8 @@ from pyro_vae import (
 from pyro_vae.checkpoints import load_model, save_model
 from pyro_vae.contracts import Distribution, untouched
 from pyro_vae.diagnostics import health
-from pyro_vae.estimates import with_error
 from pyro_vae.representation import posterior_means
+from pyro_vae.uncertainty import with_error
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", choices=["Digits", "MNIST"], default="MNIST")
@@ -237,10 +237,10 @@ for place, (kind, dim) in enumerate((kind, dim) for dim in DIMS for kind in ("AE
     ax.set_title(f"{kind}, {dim}-D, seed {seed}. {ax.get_title()}", fontsize=9)
     title = f"{kind}, {dim}-D, seed {seed}: decoded from the lattice in its circle"
     ax = panels.add_subplot(2, 2, place + 1)
-    plots.image_grid(vae.decode(sites).mean.detach(), SHOWN, (0.0, highest), ax, title)
+    image_plots.image_grid(vae.decode(sites).mean.detach(), SHOWN, (0.0, highest), ax, title)
 strips = Figure(figsize=(10.0, 0.78 * len(shown)), layout="constrained")
 tiles = torch.cat([part[:SHOWN] for part in shown.values()])
-ax = plots.image_grid(tiles, SHOWN, (0.0, highest), strips.add_subplot())
+ax = image_plots.image_grid(tiles, SHOWN, (0.0, highest), strips.add_subplot())
 height = ax.images[0].get_array().shape[0] / len(shown)
 ax.set_yticks([height * (i + 0.5) for i in range(len(shown))], labels=[f"{a}: {b}" for a, b in shown])
 for name, figure in (("clouds", spread), ("lattices", panels), ("drawn", strips)):

@@ -31,9 +31,9 @@ from pyro_vae import (
     log_evidence,
     representation_plots,
 )
-from pyro_vae.estimates import with_error
+from pyro_vae.anomalies import anomaly_score, auroc, auroc_difference
 from pyro_vae.geometry import principal_components
-from pyro_vae.representation import anomaly_score, auroc, auroc_difference
+from pyro_vae.uncertainty import with_error
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", choices=["Digits", "MNIST"], default="MNIST")

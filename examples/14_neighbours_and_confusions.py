@@ -28,7 +28,6 @@ from pyro_vae import (
     representation_plots,
     sample_quality,
 )
-from pyro_vae.estimates import with_error
 from pyro_vae.geometry import (
     bhattacharyya,
     euclidean,
@@ -40,6 +39,7 @@ from pyro_vae.geometry import (
     wasserstein,
 )
 from pyro_vae.representation import class_distances, confusions, posterior_means, top_confusions
+from pyro_vae.uncertainty import with_error
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", choices=["Digits", "MNIST"], default="MNIST")

@@ -5,7 +5,8 @@ module: ``likelihoods.Normal``.
 """
 
 # isort: skip_file
-from pyro_vae.contracts import Encoder, Likelihood, Prior, check_vae
+from pyro_vae.contracts import Encoder, Likelihood, Prior
+from pyro_vae.dry_run import check_vae
 from pyro_vae import priors, likelihoods, pixels, counts, networks, encoders
 from pyro_vae.priors import LearnedNormal, MixtureOfNormals, SphereUniform, StandardNormal, VampPrior
 from pyro_vae.flow_priors import FlowPrior
@@ -41,7 +42,8 @@ from pyro_vae.gradients import PIWAE, VIMCO, DReG, ScoreFunction, StickingTheLan
 from pyro_vae.regularized import BalancedKL, Capacity, FreeBits
 from pyro_vae.aggregate_objectives import DIP, WAE, BetaTC, InfoVAE
 from pyro_vae.compiling import FastSVI
-from pyro_vae.estimates import Estimate, elbo, elbo_and_log_evidence, elbo_terms, log_evidence, paired_difference
+from pyro_vae.estimates import elbo, elbo_and_log_evidence, elbo_terms, log_evidence
+from pyro_vae.uncertainty import Estimate, paired_difference
 from pyro_vae.annealing import annealed_log_evidence, sandwich
 from pyro_vae.ledger import Ledger, ledger
 from pyro_vae.training import History, fit
@@ -50,7 +52,7 @@ from pyro_vae import aggregate, calibration, gaps, tails
 from pyro_vae import datasets, diagnostics, exact, files, mapped, parallel, presets, streaming, testing
 from pyro_vae import derivation
 from pyro_vae import gradient_variance, wrong_losses
-from pyro_vae import clouds, disentanglement, geometry, representation, sample_quality
+from pyro_vae import anomalies, clouds, disentanglement, geometry, representation, sample_quality
 from pyro_vae.sprites import Sprites
 
 __all__ = [
@@ -137,6 +139,7 @@ __all__ = [
     "aggregate_terms",
     "analytic",
     "annealed_log_evidence",
+    "anomalies",
     "calibration",
     "check_vae",
     "clouds",

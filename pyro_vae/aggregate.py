@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyro_vae.contracts import Distribution, untouched
-from pyro_vae.estimates import Estimate, with_error
+from pyro_vae.uncertainty import Estimate, with_error
 
 _BATCH = 1000  # examples that the encoder sees at once
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, Normal, kl_divergence
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 
+from pyro_vae.supports import elements
 from pyro_vae.terms import Layout, Terms, layout
 
 
@@ -201,8 +202,7 @@ def factors(fn: Any, name: str) -> Any:
     Raises:
         ValueError: its dimensions are not independent.
     """
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
+    fn = elements(fn)
     if len(fn.event_shape):
         raise ValueError(
             f"expected a distribution that factorises over its dimensions, found {_name(fn)} at site '{name}': use a "
@@ -251,6 +251,4 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _name(fn: Any) -> str:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return type(fn).__name__
+    return type(elements(fn)).__name__

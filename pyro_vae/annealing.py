@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, constraints
+from torch.distributions import constraints
 
 from pyro_vae import tails
-from pyro_vae.contracts import check_vae, plain_support, require_likelihood, untouched
-from pyro_vae.estimates import Estimate
+from pyro_vae.contracts import untouched
+from pyro_vae.dry_run import check_vae
 from pyro_vae.passes import at_once, even, replayed
 from pyro_vae.replays import Replay
+from pyro_vae.supports import elements, plain_support, require_likelihood
+from pyro_vae.uncertainty import Estimate
 
 Schedule = Callable[[int], Tensor]
 State = tuple[Tensor, ...]  # z, then what _Path.evaluate gives there
@@ -73,7 +75,10 @@ class Sandwich:
     def __str__(self) -> str:
         difference = self.upper.values - self.lower.values
         error = (difference.std() / math.sqrt(len(difference))).item()
-        return f"{self.lower.mean:.2f} .. {self.upper.mean:.2f} nats per example, gap {self.gap:.3f} ± {error:.3f}"
+        return (
+            f"{self.lower.mean:.2f} .. {self.upper.mean:.2f} nats per example, gap {self.gap:.3f} ± {error:.3f} "
+            f"(bounds on average over draws, not for each example: n={len(difference)} examples that the model made)"
+        )
 
 
 def annealed_log_evidence(
@@ -190,6 +195,12 @@ def sandwich(
         >>> bool(found.lower.mean < model.log_evidence(found.x).mean() + 0.05 < found.upper.mean + 0.1)
         True
     """
+    if not isinstance(num_examples, int):
+        raise TypeError(
+            f"expected num_examples, how many examples the model shall make, found {type(num_examples).__name__}: the "
+            "upper bound needs exact draws of the posterior, which only such examples have; for data of yours use "
+            "annealed_log_evidence."
+        )
     if num_examples < 1:
         raise ValueError(f"expected num_examples >= 1, found {num_examples}: make at least one.")
     _require(vae, "prior", "decoder")
@@ -405,9 +416,7 @@ def _check(
         require_likelihood(vae.decoder(vae.prior().sample((1,))))
         pieces = {"prior()": vae.prior()} | ({"encoder(x)": vae.encoder(x[:1])} if from_encoder else {})
     for call, p in pieces.items():
-        base: Any = p
-        while isinstance(base, Independent):
-            base = base.base_dist
+        base = elements(p)
         point = type(base).__name__ == "Delta"
         if point or plain_support(p) not in (constraints.real, constraints.real_vector):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.contracts import untouched
+from pyro_vae.supports import elements
 
 _SYMBOLS = {"loc": "mean μ(x)", "scale": "standard deviation σ(x)", "scale_tril": "Cholesky factor L(x)"}
 
@@ -126,8 +127,7 @@ def _parameters(part: Any) -> Iterator[nn.Parameter]:
 
 def _contents(q: Any) -> list[tuple[str, tuple[int, ...]]]:
     """The tensors that the encoder's distribution is made of: [("mean μ(x)", (2,)), ...]."""
-    while isinstance(q, torch.distributions.Independent):
-        q = q.base_dist
+    q = elements(q)
     names = [name for name in q.arg_constraints if isinstance(vars(q).get(name), Tensor)]
     return [(_SYMBOLS.get(name, f"{name}(x)"), tuple(getattr(q, name).shape[1:])) for name in names]
 

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from pyro_vae.memory import keep_freed_memory, peak_memory
 from pyro_vae.optimizers import Adam
-from pyro_vae.plots import BLUE, GREY, VERMILION
+from pyro_vae.plot_style import BLUE, GREY, VERMILION
 from pyro_vae.workloads import WAYS, WORKLOADS, HandWritten, Run, Workload
 
 _FLOOR = ("products", "update")  # what is measured of it

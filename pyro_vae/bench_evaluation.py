@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae.bench import Products, comparison
 from pyro_vae.contracts import untouched
-from pyro_vae.estimates import _Weights
+from pyro_vae.estimates import MeanWeights
 from pyro_vae.passes import at_once, passes
 from pyro_vae.vae import VAE
 from pyro_vae.workloads import WORKLOADS, Workload, make_vae
@@ -76,7 +76,7 @@ def _ours(vae: VAE, x: Tensor, num_particles: int, compiled: bool) -> Turn:
     """Rows of x until their K draws are there, then on with the next rows: what log_evidence does."""
     many = x[:1].expand(10**6, *x.shape[1:])  # one example in the memory
     every = passes(vae, many, num_particles, compiled=compiled)
-    weights = _Weights(num_particles)
+    weights = MeanWeights(num_particles)
 
     def turn() -> int:
         count, rows, terms = 0, slice(0), None

@@ -9,7 +9,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pyro_vae.contracts import is_discrete, is_real, require_likelihood, untouched
+from pyro_vae.contracts import untouched
+from pyro_vae.supports import is_discrete, is_real, require_likelihood
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae.traceable import PlainDraws, dense_enumeration
 
 # fallback_random keeps eager's noise; rearranged memory layouts cost more than they gain in small convolutions.
-_OPTIONS: dict[str, Any] = {"fallback_random": True, "layout_optimization": False}
+# CUDA graphs are ours: one of inductor's, which an environment variable turns on, cannot be recorded within another.
+_OPTIONS: dict[str, Any] = {"fallback_random": True, "layout_optimization": False, "triton.cudagraphs": False}
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 

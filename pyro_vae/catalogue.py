@@ -7,7 +7,7 @@ import inspect
 import re
 from typing import NamedTuple
 
-from pyro_vae.configuration import class_names, import_class
+from pyro_vae.parts import class_names, import_class
 
 TITLES = {
     "prior": "Priors p(z)",

@@ -1,34 +1,35 @@
 """The command line: each command is made from the signature and docstring of a function."""
 
+import errno
 import inspect
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentError, Namespace
 
 import pyro_vae
+from pyro_vae.arguments import Formatter, Parser, description, train_parser
 from pyro_vae.command_evaluation import compare, evaluate
+from pyro_vae.command_imputation import impute
 from pyro_vae.command_laboratory import bench, derive, members, summary, wrong_loss
 from pyro_vae.command_pictures import reconstruct, sample
 from pyro_vae.command_sweep import sweep
 from pyro_vae.command_training import resume, train
-from pyro_vae.configuration import (
-    Formatter,
-    Parser,
-    UsageError,
-    description,
-    train_parser,
-)
 from pyro_vae.memory import keep_freed_memory
 from pyro_vae.parallel import WorkerLost
+from pyro_vae.parts import UsageError, did_you_mean
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "sample": sample,
     "reconstruct": reconstruct,
+    "impute": impute,
     "resume": resume,
     "summary": summary,
     "wrong-loss": wrong_loss,
@@ -70,7 +71,9 @@ pyro-vae COMMAND --help explains one. To begin:
         raise SystemExit(0)
     name, rest = argv[0], list(argv[1:])
     if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}.")
+        raise UsageError(
+            f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}."
+        )
     if name == "sweep":
         return name, _parse_sweep(rest)
     if name == "train":
@@ -151,9 +154,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except OSError as error:
         known = error.errno is not None and error.filename is not None
-        _fail(f"cannot use {error.filename} ({error.strerror}): choose another path." if known else str(error))
+        remedy = "make room, or choose another path" if error.errno == errno.ENOSPC else "choose another path"
+        _fail(f"cannot use {error.filename} ({error.strerror}): {remedy}." if known else str(error))
     except (UsageError, ArgumentError, ValueError, TypeError, ImportError) as error:
-        _fail(str(error))
+        _fail(f"{error}{_where(error)}")
+    except Exception as error:
+        if not _where(error):
+            raise
+        _fail(f"{type(error).__name__}: {error}{_where(error)}")
+
+
+def _where(error: BaseException) -> str:
+    """Where an error comes from, if from a class of the user's own: from neither this library nor an installed one."""
+    installed = (Path(pyro_vae.__file__).parent, Path(sysconfig.get_path("stdlib")))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_absolute()
+        and not any(Path(frame.filename).is_relative_to(folder) for folder in installed)
+        and "site-packages" not in Path(frame.filename).parts
+    ]
+    return f" (in {frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def _fail(message: str) -> NoReturn:

@@ -16,9 +16,8 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from pyro_vae.contracts import Distribution
-from pyro_vae.estimates import Estimate
 from pyro_vae.geometry import nearest
-from pyro_vae.representation import Score, jackknife_error
+from pyro_vae.uncertainty import Estimate, Score, jackknife_error
 
 Plane = tuple[int, int] | tuple[Tensor, Tensor]
 

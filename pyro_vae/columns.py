@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae.datasets import _expect, _expect_choice, _reading
+from pyro_vae.data_contract import expect, expect_choice, reading
 
 Kind = Literal["normal", "positive", "count", "binary", "categorical"]
 LIKELIHOODS: dict[str, str] = {
@@ -88,7 +88,7 @@ def read_columns(
         FileNotFoundError, ValueError: the file, a cell or a kind does not fit.
     """
     header, table = _read_csv(file, label, delimiter)
-    _expect(
+    expect(
         set(kinds) <= set(header) - {label}, f"kinds of columns of {file}", ", ".join(map(repr, kinds)), "check names"
     )
     columns, texts = [], []
@@ -96,7 +96,7 @@ def read_columns(
         cells = [(line, None if cells[place] in missing else cells[place]) for line, cells in table]
         if name == label:
             for line, cell in cells:
-                _expect(cell is not None, "a label", f"'' in {file} line {line}, column {name!r}", "fill it in")
+                expect(cell is not None, "a label", f"'' in {file} line {line}, column {name!r}", "fill it in")
             texts = [str(cell) for _, cell in cells]
         else:
             columns.append(_column(name, cells, kinds.get(name), file))
@@ -104,16 +104,16 @@ def read_columns(
 
 
 def _column(name: str, cells: list[tuple[int, str | None]], kind: str | None, file: Path) -> Column:
-    _expect_choice(f"the kind of column {name!r}", kind, (None, *get_args(Kind)))
+    expect_choice(f"the kind of column {name!r}", kind, (None, *get_args(Kind)))
     there = [(line, cell) for line, cell in cells if cell is not None]
-    _expect(bool(there), f"values in column {name!r} of {file}", "none", "remove the column")
+    expect(bool(there), f"values in column {name!r} of {file}", "none", "remove the column")
     is_number = [_is_number(cell) for _, cell in there]
     if kind not in ("categorical", "binary") and any(is_number):
         for (line, cell), known in zip(there, is_number, strict=True):
             known = known and math.isfinite(float(cell))
             where = f"{cell!r} in {file} line {line}, column {name!r}"
             remedy = f"correct it, leave it empty where it is missing, or give kinds={{{name!r}: 'categorical'}}"
-            _expect(known, "a finite number", where, remedy)
+            expect(known, "a finite number", where, remedy)
         values = [math.nan if cell is None else float(cell) for _, cell in cells]
         numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
         found = kind or _kind_of(numbers[~numbers.isnan()])
@@ -124,10 +124,10 @@ def _column(name: str, cells: list[tuple[int, str | None]], kind: str | None, fi
     if kind is None:
         remedy = f"remove the column, or give kinds={{{name!r}: 'categorical'}}"
         few = len(texts) <= max(20, len(cells) // 10)
-        _expect(few, f"categories in column {name!r} of {file}", f"{len(texts)} different texts", remedy)
-    _expect(len(texts) > 1, "columns that vary", f"column {name!r} of {file} constant", "remove the column")
+        expect(few, f"categories in column {name!r} of {file}", f"{len(texts)} different texts", remedy)
+    expect(len(texts) > 1, "columns that vary", f"column {name!r} of {file} constant", "remove the column")
     fits = found != "binary" or len(texts) == 2
-    _expect(fits, f"two values in the binary column {name!r}", len(texts), "make it categorical")
+    expect(fits, f"two values in the binary column {name!r}", len(texts), "make it categorical")
     number = {text: float(i) for i, text in enumerate(texts)}
     indices = [math.nan if cell is None else number[cell] for _, cell in cells]
     values = torch.tensor(indices, dtype=torch.float64, device="cpu")  # type: ignore[assignment]
@@ -147,7 +147,7 @@ def _numbers(name: str, kind: str, numbers: Tensor, file: Path) -> Column:
         "count": bool(((there >= 0) & (there % 1 == 0)).all()),
         "positive": bool((there > 0).all()),
     }.get(kind, True)
-    _expect(fits, f"{kind} numbers in column {name!r} of {file}", f"{there.min():g} to {there.max():g}", "change kinds")
+    expect(fits, f"{kind} numbers in column {name!r} of {file}", f"{there.min():g} to {there.max():g}", "change kinds")
     return Column(name, kind, numbers)  # type: ignore[arg-type]
 
 
@@ -176,9 +176,9 @@ def describe(columns: Sequence[Column]) -> str:
 
 def _read_csv(file: Path, label: str | None, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header, and the cells of each row with the number of its line."""
-    _expect(file.is_file(), "a CSV file", f"no file {file}", "check path", FileNotFoundError)
+    expect(file.is_file(), "a CSV file", f"no file {file}", "check path", FileNotFoundError)
     with (
-        _reading("CSV text in UTF-8", file, "convert it"),
+        reading("CSV text in UTF-8", file, "convert it"),
         file.open(newline="", encoding="utf-8-sig") as text,
     ):
         reader = csv.reader(text, delimiter=delimiter)
@@ -187,12 +187,12 @@ def _read_csv(file: Path, label: str | None, delimiter: str) -> tuple[list[str],
     found = ", ".join(map(repr, header)) or "nothing"
     named = bool(header) and "" not in header and len(set(header)) == len(header)
     named = named and not all(_is_number(name) for name in header)
-    _expect(named, f"a header row of different names in {file}", found, "put the column names first")
-    _expect(label is None or label in header, f"a column {label!r} in {file}", found, "give one of these")
-    _expect(header != [label], f"columns beside {label!r} in {file}", "none", "add some")
+    expect(named, f"a header row of different names in {file}", found, "put the column names first")
+    expect(label is None or label in header, f"a column {label!r} in {file}", found, "give one of these")
+    expect(header != [label], f"columns beside {label!r} in {file}", "none", "add some")
     for line, cells in table[1:]:
         fits = len(cells) == len(header)
-        _expect(fits, f"{len(header)} cells", f"{len(cells)} in {file} line {line}", "complete the line")
+        expect(fits, f"{len(header)} cells", f"{len(cells)} in {file} line {line}", "complete the line")
     return header, table[1:]
 
 

@@ -13,11 +13,9 @@ from pyro_vae import (
 from pyro_vae.checkpoints import write_atomically
 from pyro_vae.command_numbers import further_estimate, run_numbers, take_first, title_of, to_json
 from pyro_vae.command_training import train
-from pyro_vae.configuration import (
-    UsageError,
-    open_run,
-)
-from pyro_vae.estimates import Estimate
+from pyro_vae.configuration import open_run
+from pyro_vae.parts import UsageError
+from pyro_vae.uncertainty import Estimate
 from pyro_vae.vae import VAE
 
 

@@ -15,11 +15,9 @@ from pyro_vae import (
 from pyro_vae.checkpoints import write_atomically
 from pyro_vae.command_numbers import to_json
 from pyro_vae.command_training import train
-from pyro_vae.configuration import (
-    UsageError,
-    open_run,
-)
+from pyro_vae.configuration import open_run
 from pyro_vae.derivation_report import write_derivation
+from pyro_vae.parts import UsageError
 from pyro_vae.wrong_losses import conventions
 
 
@@ -53,6 +51,7 @@ def wrong_loss(
         json: print one JSON object instead of lines to read.
     """
     from pyro_vae import wrong_loss_lab as lab
+    from pyro_vae.wrong_loss_plots import draw_figures
 
     names = [loss] if isinstance(loss, str) else list(lab.OBJECTIVES) if loss is None else loss
     unknown = [name for name in names if name not in lab.OBJECTIVES]
@@ -77,7 +76,7 @@ def wrong_loss(
     write_atomically(folder / "table.txt", text + "\n")
     write_atomically(folder / "results.json", numbers)
     print(numbers if json else f"\n{text}\n", end="")
-    for name, figure in lab.draw_figures(results, pictures).items():
+    for name, figure in draw_figures(results, pictures).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
         write_atomically(folder / f"{name}.png", buffer.getvalue())

@@ -12,13 +12,13 @@ from pyro_vae import (
     evaluation,
 )
 from pyro_vae.annealing import annealed_log_evidence
-from pyro_vae.configuration import (
-    UsageError,
-)
-from pyro_vae.contracts import is_discrete, untouched
+from pyro_vae.contracts import untouched
 from pyro_vae.diagnostics import active_units
-from pyro_vae.estimates import Estimate, elbo_and_log_evidence, elbo_terms
+from pyro_vae.estimates import elbo_and_log_evidence, elbo_terms
 from pyro_vae.exact import log_evidence_by_enumeration
+from pyro_vae.parts import UsageError
+from pyro_vae.supports import is_discrete
+from pyro_vae.uncertainty import Estimate
 from pyro_vae.vae import VAE
 
 

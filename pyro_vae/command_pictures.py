@@ -8,15 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae import (
-    plots,
+    image_plots,
 )
 from pyro_vae.checkpoints import write_atomically
 from pyro_vae.command_training import train
-from pyro_vae.configuration import (
-    UsageError,
-    open_run,
-)
-from pyro_vae.contracts import NO_LIKELIHOOD, is_normalised, untouched
+from pyro_vae.configuration import open_run
+from pyro_vae.contracts import untouched
+from pyro_vae.parts import UsageError
+from pyro_vae.supports import NO_LIKELIHOOD, is_normalised
 
 
 def sample(
@@ -95,9 +94,9 @@ def _write_x(x: Tensor, data: Any, path: Path, title: str, originals: Tensor | N
     else:
         value_range = (0.0, max(1.0, float(data.test.nan_to_num(nan=0.0).max())))
         if originals is None:
-            ax = plots.image_grid(x.cpu(), value_range=value_range, title=title)
+            ax = image_plots.image_grid(x.cpu(), value_range=value_range, title=title)
         else:
-            ax = plots.reconstructions(originals.cpu(), x.cpu(), value_range=value_range)
+            ax = image_plots.reconstructions(originals.cpu(), x.cpu(), value_range=value_range)
         figure = ax.get_figure(root=True)
         assert figure is not None
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")

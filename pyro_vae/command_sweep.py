@@ -18,15 +18,12 @@ from pyro_vae import (
     representation,
     sample_quality,
 )
+from pyro_vae.arguments import dump, train_parser
 from pyro_vae.checkpoints import remove_leftovers, write_atomically
 from pyro_vae.command_numbers import to_json
 from pyro_vae.command_training import fresh_folder, resume, train
-from pyro_vae.configuration import (
-    UsageError,
-    dump,
-    open_run,
-    train_parser,
-)
+from pyro_vae.configuration import open_run
+from pyro_vae.parts import UsageError
 from pyro_vae.sweep import Run, check_plan, collect, plan
 from pyro_vae.vae import VAE
 

@@ -12,22 +12,18 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from pyro_vae import (
-    parallel,
-    report,
-)
-from pyro_vae.checkpoints import remove_leftovers, write_atomically
+from pyro_vae import parallel
+from pyro_vae.arguments import dump, load_config
+from pyro_vae.checkpoints import alone_in, remove_leftovers, write_atomically
 from pyro_vae.command_numbers import run_numbers, title_of, to_json
-from pyro_vae.configuration import (
-    UsageError,
-    build,
-    dump,
-    load_config,
-    make,
-)
-from pyro_vae.contracts import is_normalised, untouched
+from pyro_vae.configuration import build, make
+from pyro_vae.contracts import untouched
+from pyro_vae.figures import write_figures
 from pyro_vae.objectives import Objective
 from pyro_vae.parallel import WorkerLost, Workers
+from pyro_vae.parts import UsageError
+from pyro_vae.report import write_report
+from pyro_vae.supports import is_normalised
 from pyro_vae.training import History, fit
 from pyro_vae.vae import VAE
 
@@ -93,17 +89,19 @@ def train(
         _check_density(vae, data)
         _make_paths_absolute(config)
         new = [path for path in (folder, *folder.parents) if not path.exists()]
-        if workers.is_first:
-            write_atomically(folder / "config.yaml", dump(train, config))
-        try:
-            history = _fit(config, vae, data, folder, resume=False, workers=workers)
-        except Exception:
-            # Refused before the first epoch: leave nothing behind.
-            if workers.is_first and not (folder / "state").exists():
-                (folder / "config.yaml").unlink()
-                for path in new:
-                    path.rmdir()
-            raise
+        with alone_in(folder) if workers.is_first else nullcontext():
+            if workers.is_first:
+                _new_folder(str(folder))  # another process may have begun a run there meanwhile
+                write_atomically(folder / "config.yaml", dump(train, config))
+            try:
+                history = _fit(config, vae, data, folder, resume=False, workers=workers)
+            except Exception:
+                # Refused before the first epoch: leave nothing behind.
+                if workers.is_first and not (folder / "state").exists():
+                    (folder / "config.yaml").unlink()
+                    for path in new:
+                        path.rmdir()
+                raise
     if workers.is_first:
         _finish(config, vae, data, folder, history)
 
@@ -124,8 +122,18 @@ def resume(run: str, epochs: int | None = None, device: Literal["auto", "cpu", "
     for key, value in changes.items():
         if value is not None:
             config[key] = value
-    started = (folder / "state" / "latest.safetensors").exists()  # else it was stopped in its first epoch
-    with parallel.join(config.device) as workers, _quiet_unless_first(workers):
+    state, metrics = folder / "state" / "latest.safetensors", folder / "metrics.jsonl"
+    started = state.exists()  # else it was stopped in its first epoch
+    if metrics.exists() and not started:
+        raise UsageError(
+            f"expected {state} beside {metrics}, found none: restore it, or train anew with pyro-vae train --config "
+            f"{folder / 'config.yaml'}."
+        )
+    with (
+        parallel.join(config.device) as workers,
+        _quiet_unless_first(workers),
+        alone_in(folder) if workers.is_first else nullcontext(),
+    ):
         if workers.is_first:
             remove_leftovers(folder)
         data, vae = _build(config, workers, trained=started)
@@ -271,8 +279,9 @@ def _evaluate_and_draw(config: Namespace, vae: VAE, data: Any, folder: Path, his
     result, _ = run_numbers(vae, data, config.eval_particles, seed=0)
     write_atomically(folder / "evaluation.json", to_json(result))
     if config.figures:
-        report.write_figures(vae, data, history, folder / "figures")
-    page = report.write_report(folder, title=title_of(config, data))
+        objective_name = config.objective.class_path.rsplit(".", 1)[-1]
+        write_figures(vae, data, history, folder / "figures", objective_name=objective_name)
+    page = write_report(folder, title=title_of(config, data))
     print(f"wrote      {folder}")
     print(f"look at    {page}")
     quoted = shlex.quote(str(folder))

@@ -128,6 +128,12 @@ class CompiledStep:
         found = (graph if isinstance(graph, str) else graph.obstacle for graph in self._graphs.values())
         return next(filter(None, found), None)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The random generators that what was captured so far draws from, beside torch's own."""
+        graphs = [graph for graph in self._graphs.values() if isinstance(graph, _Graph)]
+        return list({id(one): one for graph in graphs for one in graph.generators}.values())
+
     def state_key(self) -> Any:
         """What a captured step depends on beside its arguments: train or eval, and what is trained."""
         flags = tuple(part.training for part in self._parts)
@@ -234,9 +240,10 @@ class _Graph:
         self.without_gradient = [p for p in step.parameters if id(p) not in reached]
         device = next((t.device for t in [*step.parameters, *args]), torch.device("cpu"))
         self.obstacle = host_traffic(graph, device)
+        self.generators = generators_of(graph)
         self.recorded: Recorded | None = None
         if step.record and self.obstacle is None and can_record(device):
-            self.recorded = Recorded(self._run, device, generators_of(graph))
+            self.recorded = Recorded(self._run, device, self.generators)
 
     def _run(self, *args: Tensor) -> Any:
         with torch.no_grad():

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_vae.contracts import Distribution, Likelihood
-from pyro_vae.likelihoods import split_outputs
+from pyro_vae.contracts import Distribution, Likelihood, split_outputs
 
 _LOG_RATE_LIMIT = 20.0  # 5e8 events: beyond it a single step of training could overflow
 _LOG_COUNT_LIMIT = 8.0  # of total_count: beyond 3000, log-gamma differences lose float32's digits, and Poisson is near

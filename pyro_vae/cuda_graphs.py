@@ -11,7 +11,8 @@ On a processor nothing is recorded and the function itself runs. ``RECORDERS`` i
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,9 +38,16 @@ class CudaGraph:
             self._graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 self._graph.register_generator_state(generator)
-            # Only this thread is watched: another one may gather the next batch meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self.out = function()
+            present = torch.cuda.current_stream()
+            try:
+                # Only this thread is watched: another one may gather the next batch meanwhile.
+                with torch.cuda.graph(self._graph, stream=_side_stream(device), capture_error_mode="thread_local"):
+                    self.out = function()
+            except BaseException:
+                torch.cuda.set_stream(present)  # torch 2.11 leaves its own, and its generator as if recording went on:
+                with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_side_stream(device)):
+                    torch.zeros((), device=device)  # another recording, which ends well, ends that too
+                raise
 
     def replay(self) -> None:
         """Compute; ``out`` then holds the results, in the same memory each time."""
@@ -108,6 +116,8 @@ class Recorded:
             try:
                 self._graphs[key] = recorder(lambda: self.function(*static), self.device, self.generators)
             except Exception as error:  # whatever the device refuses, the function itself is still right
+                while isinstance(error.__context__, Exception):  # the end of a broken recording fails too
+                    error = error.__context__
                 self.failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 warnings.warn(f"not recorded in a CUDA graph: {self.failure}", RuntimeWarning, stacklevel=2)
                 return self.function(*args)
@@ -120,20 +130,28 @@ class Recorded:
         return len(self._graphs)
 
 
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """The stream of first calls and recordings: what a library keeps for each stream is there before it records."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
     """On a side stream of a GPU, as torch asks for before a recording; elsewhere nothing."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-_READS_BACK = ("_local_scalar_dense", "is_nonzero", "equal", "item")
+_READS_BACK = ("_local_scalar_dense", "is_nonzero", "equal", "item", "_linalg_check_errors", "multinomial")
+_READS_SCALES = ("normal.Tensor_Tensor", "normal.float_Tensor")  # torch checks them on the host
+_INDEXING = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put")  # only a mask's values count
 _COPIES = ("_to_copy", "copy", "copy_", "_copy_from")
 
 
@@ -146,9 +164,12 @@ def host_traffic(graph: GraphModule, device: torch.device) -> str | None:
     """
     for node in graph.graph.nodes:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if name in _READS_BACK:
+        if name in _READS_BACK or str(node.target).endswith(_READS_SCALES):
             return f"{node.target} reads a value back to the host"
-        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+        dynamic = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+        if name in _INDEXING:
+            dynamic = any(v.dtype == torch.bool for i in node.args[1] if isinstance(i, Node) for v in _described(i))
+        if dynamic:
             return f"{node.target} gives a shape that depends on values"
         values = [value for one in (node, *node.all_input_nodes) for value in _described(one)]
         elsewhere = [value for value in values if value.device.type != device.type]

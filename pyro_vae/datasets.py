@@ -1,82 +1,33 @@
-r"""Data sets: the stored training rows, the x that is scored, and the policy that belongs to every number.
-
-.. math:: \text{stored rows} \xrightarrow{\ \texttt{prepare}\ } x
-
-Training rows are stored as compactly as they come (bytes stay bytes) and become x when they are presented.
-The test x is made once and never changes, so two numbers of one policy are numbers about the same data.
-A constructor draws from its own generator: torch's global random state stays as it was.
-"""
+"""Data sets: digits, MNIST and its sibling, a world that is solved exactly; see :mod:`pyro_vae.data_contract`."""
 
 import gzip
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Binarization = Literal["grey", "static", "dynamic", "levels"]
-POLICIES = {
-    "none": "values as they are",
-    "grey": "grey (pixel / 255)",
-    "static": "static binarisation (train and test binarised once, seed {seed})",
-    "dynamic": "dynamic binarisation (test binarised once, seed {seed})",
-    "levels": "levels 0..255 (bytes as they are)",
-}
-
-
-class DataSet:
-    """What training and scoring need of a data set; any object with these attributes serves.
-
-    A set of your own assigns ``name``, ``train``, ``test``, ``policy`` and ``natural_likelihood``, and
-    overrides ``prepare`` where x is not simply the stored row as float32.
-
-    Attributes:
-        name: short name, "MNIST".
-        train: stored training rows, [N, *E], in the most compact dtype; images [N, C, H, W], tables [N, E].
-        test: the x that is scored, [M, *E] float32, fixed for good.
-        train_labels: int64 [N], or None.
-        test_labels: int64 [M], or None.
-        policy: what was done to the data, with seed and counts: stamped on every number.
-        natural_likelihood: name and arguments of the likelihood of x: ("Binomial", {"total_count": 16}); the name is
-            that of a class of ``likelihoods`` or, with a dot, of another module: ("pixels.DiscretizedLogistic", {}).
-    """
-
-    name: str
-    train: Tensor
-    test: Tensor
-    train_labels: Tensor | None = None
-    test_labels: Tensor | None = None
-    policy: str
-    natural_likelihood: tuple[str, dict[str, Any]]
-
-    @property
-    def event_shape(self) -> torch.Size:
-        """Shape E of one example."""
-        return self.test.shape[1:]
-
-    def prepare(self, rows: Tensor) -> Tensor:
-        """Turn stored training rows into x; a dynamic policy draws it anew from torch's global generator.
-
-        Args:
-            rows: some rows of ``train``, [B, *E], on any device.
-
-        Returns:
-            x, [B, *E] float32 on the same device; no host synchronisation, so a captured graph may hold it.
-        """
-        return rows.float()
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move every tensor of the set to a device and return the set itself."""
-        for key, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, key, value.to(device))
-        return self
+from pyro_vae.data_contract import (
+    POLICIES,
+    Binarization,
+    DataSet,
+    _Pixels,
+    as_grey,
+    draw_bits,
+    expect,
+    expect_choice,
+    expect_grey,
+    expect_whole,
+    one_line,
+    reading,
+    row_counts,
+    seeded,
+    split_rows,
+)
 
 
 def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -103,12 +54,12 @@ def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         torch.Size([2, 3])
     """
     known = x.dtype == torch.uint8 or x.is_floating_point()
-    _expect(known, "grey values as floats or bytes as uint8", x.dtype, "convert x", TypeError)
-    _expect_grey(x, "divide bytes by 255, or choose a likelihood for these values")
+    expect(known, "grey values as floats or bytes as uint8", x.dtype, "convert x", TypeError)
+    expect_grey(x, "divide bytes by 255, or choose a likelihood for these values")
     if generator is not None:
         same = generator.device.type == x.device.type
-        _expect(same, f"a generator on {x.device}", generator.device, "make torch.Generator(x.device)")
-    return _bernoulli(_grey(x), generator).to(x.dtype if x.is_floating_point() else torch.float32)
+        expect(same, f"a generator on {x.device}", generator.device, "make torch.Generator(x.device)")
+    return draw_bits(as_grey(x), generator).to(x.dtype if x.is_floating_point() else torch.float32)
 
 
 class Digits(DataSet):
@@ -140,35 +91,12 @@ class Digits(DataSet):
         pixels, classes = load_digits(return_X_y=True)
         rows = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8)
         labels = torch.from_numpy(classes.astype(np.int64))
-        train, test = _split(len(rows), test_fraction, _generator(seed))
+        train, test = split_rows(len(rows), test_fraction, seeded(seed))
         self.train, self.train_labels = rows[train], labels[train]
         self.test, self.test_labels = rows[test].float(), labels[test]
         self.natural_likelihood = ("Binomial", {"total_count": 16})
         self.name = "Digits"
-        self.policy = f"Digits, pixel counts 0..16, split with seed {seed}, {_counts(self)}"
-
-
-class _Pixels(DataSet):
-    """Rows under one of the policies; ``none`` presents the values as they are."""
-
-    _binarization: str
-
-    def prepare(self, rows: Tensor) -> Tensor:
-        """Turn stored rows into x: pixel / 255 (grey), fixed bits (static), new bits (dynamic), or 0..255 (levels)."""
-        if self._binarization == "dynamic":
-            return _bernoulli(_grey(rows), None)
-        return _grey(rows) if self._binarization == "grey" else rows.float()
-
-    def _store(self, train: Tensor, test: Tensor, binarization: str, generator: torch.Generator) -> None:
-        self._binarization = binarization
-        of_policy = {"grey": "ContinuousBernoulli", "levels": "pixels.DiscretizedLogistic"}
-        self.natural_likelihood = (of_policy.get(binarization, "Bernoulli"), {})
-        self.train, self.test = train, test.float() if binarization == "levels" else _grey(test)
-        # The test is drawn before the training rows: static and dynamic score the same bits for one seed.
-        if binarization in ("static", "dynamic"):
-            self.test = _bernoulli(self.test, generator)
-        if binarization == "static":
-            self.train = _bernoulli(_grey(train), generator).to(torch.uint8)
+        self.policy = f"Digits, pixel counts 0..16, split with seed {seed}, {row_counts(self)}"
 
 
 class _TorchvisionSet(_Pixels):
@@ -185,12 +113,12 @@ class _TorchvisionSet(_Pixels):
     def __init__(
         self, root: str = "data", binarization: Binarization = "dynamic", seed: int = 0, download: bool = True
     ) -> None:
-        _expect_choice("binarization", binarization, get_args(Binarization))
-        generator = _generator(seed)
+        expect_choice("binarization", binarization, get_args(Binarization))
+        generator = seeded(seed)
         train, self.train_labels, test, self.test_labels = self._load(Path(root).expanduser(), download)
         self._store(train, test, binarization, generator)
         self.name = self._set
-        self.policy = f"{self.name}, {POLICIES[binarization].format(seed=seed)}, {_counts(self)}"
+        self.policy = f"{self.name}, {POLICIES[binarization].format(seed=seed)}, {row_counts(self)}"
 
     def _load(self, root: Path, download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         try:
@@ -198,7 +126,7 @@ class _TorchvisionSet(_Pixels):
         except Exception as error:
             raise ImportError(
                 f"expected a torchvision made for torch {torch.__version__}, found none that imports "
-                f"({_one_line(error)}): install both together, pip install --upgrade torch torchvision"
+                f"({one_line(error)}): install both together, pip install --upgrade torch torchvision"
             ) from error
         make, raw = getattr(datasets, self._set), root / self._set / "raw"
         found = {name: [f for f in (raw / name, raw / f"{name}.gz") if f.is_file()] for name in self._files}
@@ -216,7 +144,7 @@ class _TorchvisionSet(_Pixels):
             try:
                 make(str(root), download=True)
             except Exception as error:  # no network, no right to write, a broken transfer: one remedy
-                missing += f" and no way to download ({_one_line(error)})"
+                missing += f" and no way to download ({one_line(error)})"
             else:
                 return _read(make, root, raw)
         raise FileNotFoundError(
@@ -311,9 +239,9 @@ class LinearGaussianData(DataSet):
     ) -> None:
         sizes = {"latent_dim": latent_dim, "data_dim": data_dim, "num_train": num_train, "num_test": num_test}
         for key, value in sizes.items():
-            _expect_whole(key, value, 2 if key == "num_train" else 1)
-        _expect(0 < scale < math.inf, "a positive scale", scale, "give the noise's standard deviation")
-        generator = _generator(seed)
+            expect_whole(key, value, 2 if key == "num_train" else 1)
+        expect(0 < scale < math.inf, "a positive scale", scale, "give the noise's standard deviation")
+        generator = seeded(seed)
 
         def normal(*shape: int) -> Tensor:
             # dtype and device are spelled out: torch's defaults must not change what a seed means.
@@ -327,7 +255,7 @@ class LinearGaussianData(DataSet):
         self.name = "LinearGaussianData"
         self.policy = (
             f"LinearGaussianData, latent_dim {latent_dim}, data_dim {data_dim}, scale {self.scale:g}, "
-            f"drawn with seed {seed}, {_counts(self)}"
+            f"drawn with seed {seed}, {row_counts(self)}"
         )
 
     def log_evidence(self, x: Tensor) -> Tensor:
@@ -344,79 +272,16 @@ class LinearGaussianData(DataSet):
         """
         dim = len(self.loc)
         fits = x.dim() == 2 and x.shape[1] == dim
-        _expect(fits, f"x of shape [B, {dim}]", list(x.shape), "give rows of this set")
+        expect(fits, f"x of shape [B, {dim}]", list(x.shape), "give rows of this set")
         weight, residual = self.weight.to(x.device).double(), x.double() - self.loc.to(x.device).double()
         covariance = weight @ weight.T + self.scale**2 * torch.eye(dim, dtype=torch.float64, device=x.device)
         quadratic = (residual * torch.linalg.solve(covariance, residual.T).T).sum(-1)
         return -0.5 * (dim * math.log(2 * math.pi) + torch.linalg.slogdet(covariance)[1] + quadratic)
 
 
-def _grey(rows: Tensor) -> Tensor:
-    """Bytes 0..255 or grey values -> grey values in [0, 1]."""
-    return rows.float() / 255 if rows.dtype == torch.uint8 else rows
-
-
-def _bernoulli(grey: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One draw a pixel, never ink at 0 and always at 1; unchecked, so that nothing waits for the device."""
-    uniform = torch.rand(grey.shape, generator=generator, dtype=torch.float32, device=grey.device)
-    return (uniform < grey).float()
-
-
-def _counts(data: DataSet) -> str:
-    return f"{len(data.train)} train / {len(data.test)} test"
-
-
-def _generator(seed: int) -> torch.Generator:
-    _expect_whole("seed", seed, 0)
-    return torch.Generator(device="cpu").manual_seed(seed)
-
-
-def _split(count: int, test_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the test rows: a shuffle, at least one row each."""
-    _expect(0 < test_fraction < 1, "test_fraction between 0 and 1", test_fraction, "give the share to hold out")
-    _expect(count >= 2, "at least 2 examples", count, "training and test need one each")
-    order = torch.randperm(count, generator=generator, device="cpu")
-    held_out = min(max(round(count * test_fraction), 1), count - 1)
-    return order[held_out:], order[:held_out]
-
-
-def _expect(ok: bool, expected: str, found: object, remedy: str, error: type[Exception] = ValueError) -> None:
-    if not ok:
-        raise error(f"expected {expected}, found {found}: {remedy}")
-
-
-def _expect_whole(name: str, value: int, least: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
-    _expect(ok, f"{name} to be a whole number of at least {least}", repr(value), f"change {name}")
-
-
-def _expect_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    _expect(value in choices, f"{name} to be one of {', '.join(map(str, choices))}", repr(value), "choose one")
-
-
-def _expect_grey(x: Tensor, remedy: str) -> None:
-    if x.dtype != torch.uint8:
-        outside = x[~((x >= 0) & (x <= 1))]  # so written, a NaN is outside too
-        if len(outside):
-            _expect(False, "grey values in [0, 1]", f"{outside[0].item():g}", remedy)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-@contextmanager
-def _reading(expected: str, file: Path, remedy: str) -> Iterator[None]:
-    """Put any failure inside into one line: readers raise everything from OSError to AssertionError."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"expected {expected}, found {file} ({_one_line(error)}): {remedy}") from error
-
-
 def _unpack(source: Path, target: Path) -> None:
     opener = gzip.GzipFile if source.suffix == ".gz" else open
-    with _reading("a whole file", source, "replace it"), opener(source, "rb") as rows, target.open("wb") as out:
+    with reading("a whole file", source, "replace it"), opener(source, "rb") as rows, target.open("wb") as out:
         shutil.copyfileobj(rows, out)
 
 
@@ -424,10 +289,10 @@ def _read(make: Any, root: Path, raw: Path) -> tuple[Tensor, Tensor, Tensor, Ten
     """Images [N, 1, H, W] and labels [N] of the training and the test part, by a torchvision class."""
     parts: list[Tensor] = []
     for is_train in (True, False):
-        with _reading("whole idx files", raw, "fetch them again"):
+        with reading("whole idx files", raw, "fetch them again"):
             part = make(str(root), train=is_train, download=False)
         fits = part.data.dim() == 3 and len(part.data) and part.targets.shape == part.data.shape[:1]
         found = f"{list(part.data.shape)} and {list(part.targets.shape)}"
-        _expect(bool(fits), f"one label an image in {raw}", found, "fetch the files again")
+        expect(bool(fits), f"one label an image in {raw}", found, "fetch the files again")
         parts += [part.data.unsqueeze(1), part.targets.long()]
     return parts[0], parts[1], parts[2], parts[3]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae import trained_worlds, worlds
 from pyro_vae.derivation_steps import STEPS, Line, Step
-from pyro_vae.estimates import with_error
+from pyro_vae.uncertainty import with_error
 from pyro_vae.worlds import World
 
 _ROUNDING = 1e-9  # a standard error below it is none

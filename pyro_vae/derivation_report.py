@@ -16,8 +16,8 @@ from matplotlib.textpath import TextPath
 from pyro_vae.checkpoints import write_atomically
 from pyro_vae.derivation import Derivation, texts
 from pyro_vae.derivation_steps import Line
-from pyro_vae.plots import GREEN, GREY, VERMILION
-from pyro_vae.report import _PAGE, _STYLE, _escape, _table
+from pyro_vae.html_page import escape, html_page, table
+from pyro_vae.plot_style import GREEN, GREY, VERMILION
 
 _TITLE = "The evidence lower bound, derived and checked"
 _SECTIONS = {  # above which line each stands
@@ -99,27 +99,27 @@ def _write(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:
 
 def page(derivations: Sequence[Derivation]) -> str:
     """The derivation as one self-contained page; formulas are drawn, and carry their plain text for screen readers."""
-    header = ["", "formula and reason", *(_escape(d.world.name) for d in derivations)]
+    header = ["", "formula and reason", *(escape(d.world.name) for d in derivations)]
     rows = []
     for index, step in enumerate(line.step for line in derivations[0].lines):
-        words = f'{formula(step.latex, step.formula)}<div class="why">{_escape(step.reason)}</div>'
+        words = f'{formula(step.latex, step.formula)}<div class="why">{escape(step.reason)}</div>'
         rows.append([f"<b>{step.key}</b>", words, *(_cell(d.lines[index]) for d in derivations)])
-    summaries = [f"<p>{_escape(d.summary)}</p>" for d in derivations]
-    notes = [f'<p class="why">{_escape(d.world.name)}: {_escape(d.note)}</p>' for d in derivations]
-    body = "\n".join([*summaries, _table(header, rows), *notes])
-    return _PAGE.format(style=_STYLE + _MORE_STYLE, title=_TITLE, body=body)
+    summaries = [f"<p>{escape(d.summary)}</p>" for d in derivations]
+    notes = [f'<p class="why">{escape(d.world.name)}: {escape(d.note)}</p>' for d in derivations]
+    body = "\n".join([*summaries, table(header, rows), *notes])
+    return html_page(_TITLE, body, _MORE_STYLE)
 
 
 def _cell(line: Line) -> str:
     """Both sides of a line, their difference and the verdict."""
     if line.difference is None and line.verdict == "does not apply":
-        return f'<div class="why">{_escape(line.note)}</div>'
+        return f'<div class="why">{escape(line.note)}</div>'
     left, right, difference = (text.replace("-", "−") for text in texts(line))
     sign = "≥" if line.step.relation == ">=" else "="
     mark, colour = _MARKS.get(line.verdict, ("", "inherit"))
     verdict = f'<span style="color: {colour}">{mark} {line.verdict}</span>'
     detail = line.note if line.difference is None else f"difference {difference}"
-    return f'{left} {sign} {right}<div class="why">{_escape(detail)} {verdict}</div>'
+    return f'{left} {sign} {right}<div class="why">{escape(detail)} {verdict}</div>'
 
 
 def formula(latex: str, plain: str, size: float = 20.0) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from pyro_vae.contracts import untouched
-from pyro_vae.estimates import Difference, Estimate, elbo_terms, with_error
+from pyro_vae.estimates import elbo_terms
+from pyro_vae.uncertainty import Difference, Estimate, with_error
 
 
 def kl_per_dimension(vae: Any, x: Tensor, batch_size: int = 1000) -> Tensor:
@@ -108,8 +109,9 @@ class Health:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the posterior is the prior: a KL of less than 0.01 nats."""
-        return not self.infinite and self.kl.mean < 0.01
+        """Whether the posterior is the prior: a KL below 0.01 nats, or below that a dimension where none is active."""
+        still = self.active is not None and not bool(self.active.any())
+        return not self.infinite and self.kl.mean < 0.01 * (len(self.active) if still else 1)  # type: ignore[arg-type]
 
     @property
     def ignores_code(self) -> bool:
@@ -138,7 +140,7 @@ class Health:
                 f"costs {self.kl.mean:.2f}), so every output is the average of the data; start again with another "
                 "seed, a lower learning rate, or wider layers next to z."
             )
-        elif self.active is not None and 0 < 2 * int(self.active.sum()) < len(self.active):
+        elif self.active is not None and 2 * int(self.active.sum()) < len(self.active):
             found.append(
                 f"only {int(self.active.sum())} of {len(self.active)} latent dimensions are active: the others cost "
                 "nothing and do nothing; a smaller latent_dim would do as well."

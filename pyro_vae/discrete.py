@@ -19,8 +19,9 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.contracts import Distribution, Encoder, plain_support
+from pyro_vae.contracts import Distribution, Encoder
 from pyro_vae.relaxed_priors import check_temperature, concrete
+from pyro_vae.supports import plain_support
 
 MOST_VALUES = 4096
 """How many values of z are summed over at most: 12 bits."""

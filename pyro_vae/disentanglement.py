@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.estimates import Estimate
-from pyro_vae.representation import Score, jackknife_error, posterior_means
+from pyro_vae.representation import posterior_means
+from pyro_vae.uncertainty import Estimate, Score, jackknife_error
 
 
 def mutual_information(codes: Tensor, factors: Tensor, num_bins: int = 20) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
-from pyro_vae.contracts import Distribution, Encoder
+from pyro_vae.contracts import Distribution, Encoder, check_at_least_one
 
 _NO_SHAPE = torch.Size()
 
@@ -137,7 +137,7 @@ class LowRankNormal(Encoder):
 
     def __init__(self, net: nn.Module, rank: int = 2):
         super().__init__()
-        _check_positive(rank=rank)
+        check_at_least_one(rank=rank)
         self.net, self.rank = net, rank
 
     def extra_repr(self) -> str:
@@ -239,7 +239,7 @@ class MixtureOfNormals(Encoder):
 
     def __init__(self, net: nn.Module, num_components: int = 5):
         super().__init__()
-        _check_positive(num_components=num_components)
+        check_at_least_one(num_components=num_components)
         self.net, self.num_components = net, num_components
 
     def extra_repr(self) -> str:
@@ -325,9 +325,3 @@ class Delta(Encoder):
     def forward(self, x: Tensor) -> Distribution:
         """The distribution q(z | x)."""
         return dist.Delta(self.net(x), event_dim=1)
-
-
-def _check_positive(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"expected {name} >= 1, found {value}: choose a positive number.")

@@ -1,14 +1,6 @@
-r"""Estimates of the ELBO and of log p(x), with their standard error, K and data policy. Nothing is trained.
-
-The spread over examples holds two errors, told apart here:
-
-.. math:: \mathrm{se}^2 = \mathrm{se}_{\text{data}}^2 + \mathrm{se}_{\text{Monte Carlo}}^2
-
-The first shrinks with more examples only, the second with more draws of z for each of them.
-"""
+"""Estimates of the ELBO and of log p(x), with their standard error, K and data policy. Nothing is trained."""
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,235 +8,11 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_vae import tails
-from pyro_vae.contracts import NO_LIKELIHOOD, is_normalised, untouched
+from pyro_vae.contracts import untouched
 from pyro_vae.passes import passes
+from pyro_vae.supports import NO_LIKELIHOOD, elements, is_normalised
 from pyro_vae.terms import Terms
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number per example, and what it takes to read it: nats per example.
-
-    Args:
-        name: what is estimated.
-        values: the estimate of each example, [N].
-        num_particles: draws of z behind each of them, K; 0 for an exact value.
-        policy: how the data was prepared (binarisation, seed, split).
-        errors: the Monte-Carlo standard error of each value, [N]: zeros for exact values, None where unknown (K = 1).
-        effective_sample_size: how many equal weights the K weights of each example are worth, [N], or None.
-        pareto_k: the shape of the tail of each example's weights, [N], see :func:`pyro_vae.tails.pareto_k`, or None.
-        method: how it was estimated, in words, where it is more than K draws from q(z|x).
-        units: what the values are counted in.
-        caveat: what must not be claimed from it, said wherever it is shown.
-    """
-
-    name: str
-    values: Tensor
-    num_particles: int
-    policy: str = ""
-    errors: Tensor | None = None
-    effective_sample_size: Tensor | None = None
-    pareto_k: Tensor | None = None
-    method: str = ""
-    units: str = "nats"
-    caveat: str = ""
-
-    @property
-    def mean(self) -> float:
-        """The mean over the examples, per example."""
-        return self.values.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """The standard error of the mean: the spread over examples, Monte-Carlo error included; nan for one example."""
-        if len(self.values) < 2:
-            return math.nan
-        return (self.values.std() / math.sqrt(len(self.values))).item()
-
-    @property
-    def monte_carlo_error(self) -> float:
-        """The part of the standard error that more draws of z would remove: were the data fixed, all of it."""
-        if self.errors is None:
-            return math.nan
-        return (self.errors.double().square().sum().sqrt() / len(self.values)).item()
-
-    @property
-    def data_error(self) -> float:
-        """The part of the standard error that only more examples would lower."""
-        return math.sqrt(max(self.standard_error**2 - self.monte_carlo_error**2, 0.0))
-
-    @property
-    def num_examples(self) -> int:
-        """The number of examples n."""
-        return len(self.values)
-
-    @property
-    def untrusted(self) -> Tensor | None:
-        """For which examples the weights are too heavy-tailed for K draws, [N] boolean; None where it is unknown."""
-        if self.pareto_k is None:
-            return None
-        return ~(self.pareto_k <= tails.largest_pareto_k(self.num_particles))  # nan is not trusted
-
-    @property
-    def warning(self) -> str:
-        """One line where K is too small to trust the number, else nothing."""
-        if self.untrusted is None or not bool(self.untrusted.any()):
-            return ""
-        return (
-            f"K={self.num_particles} is too small for {int(self.untrusted.sum())} of {self.num_examples} examples "
-            f"(Pareto k > {tails.largest_pareto_k(self.num_particles):.2f}): there {self.name} is underestimated, and "
-            "its error too; raise num_particles or use annealed_log_evidence."
-        )
-
-    def bits_per_dim(self, num_dims: int) -> "Estimate":
-        r"""The same estimate as the number of bits that a number of x costs; lower is better.
-
-        .. math:: \mathrm{bits} = -\frac{\log p(x)}{E \log 2}
-
-        A code length only where p(x | z) gives probabilities of levels (bytes, counts, bits); of a density it is not.
-
-        Args:
-            num_dims: how many numbers E make up one example, such as 3 * 32 * 32.
-        """
-        if self.units != "nats" or num_dims < 1:
-            raise ValueError(f"expected nats and num_dims >= 1, found {self.units} and {num_dims}: convert nats once.")
-        scale = 1 / (num_dims * math.log(2))
-        errors = None if self.errors is None else self.errors * scale
-        return replace(
-            self,
-            name=f"-{self.name}",
-            values=-self.values * scale,
-            errors=errors,
-            effective_sample_size=None,  # said once, of log p(x) itself
-            pareto_k=None,
-            units="bits per dimension",
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers as plain Python, for JSON; what is unknown is left out, a standard error that is none is None."""
-        least = None if self.effective_sample_size is None else self.effective_sample_size.min().item()
-        most = None if self.pareto_k is None else self.pareto_k.max().item()
-        result = {
-            "name": self.name,
-            "mean": self.mean,
-            "standard_error": self.standard_error,
-            "monte_carlo_error": self.monte_carlo_error,
-            "data_error": self.data_error,
-            "num_particles": self.num_particles,
-            "num_examples": self.num_examples,
-            "units": self._unit_text,
-            "policy": self.policy,
-            "method": self.method,
-            "smallest_effective_sample_size": least,
-            "largest_pareto_k": most,
-            "untrusted_examples": None if self.untrusted is None else int(self.untrusted.sum()),
-            "warning": self.warning,
-            "caveat": self.caveat,
-        }
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
-        return {k: v for k, v in finite.items() if v not in (None, "") or k in ("mean", "standard_error", "policy")}
-
-    @property
-    def _unit_text(self) -> str:
-        return f"{self.units} per example" if self.units == "nats" else self.units
-
-    def __str__(self) -> str:
-        return f"{self._text}; {self.caveat}" if self.caveat else self._text
-
-    @property
-    def _text(self) -> str:
-        how = self.method or ("exact" if self.num_particles == 0 else f"K={self.num_particles}")
-        error = self.standard_error
-        if math.isnan(error) and not math.isnan(self.monte_carlo_error):
-            number = with_error(self.mean, self.monte_carlo_error)
-            return f"{number} {self.units} ({how}, one example: Monte-Carlo error only)"
-        if math.isnan(error):
-            return f"{self.mean:.2f} {self.units} ({how}, one example: no standard error)"
-        text = f"{with_error(self.mean, error)} {self._unit_text} ({how}, n={self.num_examples})"
-        return f"{text}; K too small for {int(self.untrusted.sum())} of them" if self.warning else text  # type: ignore[union-attr]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much higher one estimate is than another on the same examples: the spread that they share cancels.
-
-    Args:
-        name: what is compared.
-        values: the difference of each example, [N].
-        units: what the values are counted in.
-    """
-
-    name: str
-    values: Tensor
-    units: str = "nats"
-
-    @property
-    def mean(self) -> float:
-        """The mean difference, per example."""
-        return self.values.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """The standard error of the mean difference, from the spread of the differences; nan for one example."""
-        return (self.values.std() / math.sqrt(len(self.values))).item() if len(self.values) > 1 else math.nan
-
-    def __str__(self) -> str:
-        return f"{with_error(self.mean, self.standard_error)} {self.units} (paired, n={len(self.values)})"
-
-
-def paired_difference(a: Estimate, b: Estimate) -> Difference:
-    r"""How much higher a is than b, example by example, with the standard error of the mean difference.
-
-    .. math:: \bar d = \frac 1 N \sum_n (a_n - b_n), \qquad \mathrm{se} = \mathrm{sd}(a_n - b_n) / \sqrt N
-
-    Args:
-        a: an estimate.
-        b: another of the same examples, of one model or of two.
-
-    Returns:
-        The difference a - b.
-
-    Raises:
-        ValueError: the two were made of differently prepared data, of other numbers of examples, or in other units; or
-            both are importance-weighted bounds of different K, whose difference would be one of K. (An exact value,
-            or an ELBO, against such a bound is how loose the bound is.)
-
-    Example:
-        >>> a = Estimate("log p(x)", torch.tensor([-80.0, -90.0]), 100, "static")
-        >>> b = Estimate("log p(x)", torch.tensor([-81.0, -93.0]), 100, "static")
-        >>> print(paired_difference(a, b))
-        2.0 ± 1.0 nats (paired, n=2)
-    """
-    pairs = {
-        "data policies": (a.policy, b.policy),
-        "numbers of examples": (a.num_examples, b.num_examples),
-        "units": (a.units, b.units),
-    }
-    for what, (of_a, of_b) in pairs.items():
-        if of_a != of_b:
-            raise ValueError(
-                f"expected equal {what}, found {of_a!r} and {of_b!r}: numbers about different data cannot be compared; "
-                "evaluate both on one data set."
-            )
-    if a.name == b.name and _rises_with_draws(a) and _rises_with_draws(b) and a.num_particles != b.num_particles:
-        raise ValueError(
-            f"expected equal num_particles, found {a.num_particles} and {b.num_particles}: {a.name} is a bound that "
-            "rises with K, so the difference would be one of K; evaluate both with one K (what K gains is "
-            "a.values - b.values)."
-        )
-    name = a.name if a.name == b.name else f"{a.name} against {b.name}"
-    return Difference(name, a.values.to(b.values) - b.values, a.units)
-
-
-def _rises_with_draws(estimate: Estimate) -> bool:
-    """Whether it is :func:`log_evidence` of K draws; an ELBO has one mean for all K, annealing says its method."""
-    return estimate.num_particles > 0 and not estimate.method and "log p(x)" in estimate.name
-
-
-def with_error(mean: float, error: float) -> str:
-    """A number to two digits of its standard error: "-84.83 ± 0.31"."""
-    decimals = 2 if not error > 0 else min(max(1 - math.floor(math.log10(error)), 0), 6)
-    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+from pyro_vae.uncertainty import Estimate
 
 
 def elbo_terms(
@@ -347,7 +115,7 @@ def log_evidence(
         >>> print(log_evidence(vae, torch.ones(5, 7), num_particles=100))
         -... ± ... nats per example (K=100, n=5)...
     """
-    weights = _Weights(num_particles)
+    weights = MeanWeights(num_particles)
     with untouched(vae, seed):
         for rows, terms in passes(vae, x, num_particles, max_elements, compiled):
             weights.add(rows, terms, x)
@@ -388,7 +156,7 @@ def elbo_and_log_evidence(
         >>> bool((found["log_evidence"].values >= found["elbo"].values).all())
         True
     """
-    means, weights = _Means(), _Weights(num_particles)
+    means, weights = _Means(), MeanWeights(num_particles)
     with untouched(vae, seed):
         for rows, terms in passes(vae, x, num_particles, max_elements, compiled):
             weights.add(rows, terms, x)  # first: it may refuse
@@ -405,7 +173,7 @@ class _Means:
 
     def add(self, rows: slice, terms: Terms, x: Tensor) -> None:
         """One pass over some rows of x."""
-        if _has_point_mass(terms):
+        if has_point_mass(terms):
             self.names = (
                 "log p(x, z) at the code (no bound)",
                 "log p(x|z) at the code",
@@ -431,7 +199,7 @@ class _Means:
         }
 
 
-class _Weights:
+class MeanWeights:
     """The mean importance weight of each example and how far to trust it, once all of its K weights are there."""
 
     def __init__(self, num_particles: int) -> None:
@@ -441,7 +209,7 @@ class _Weights:
 
     def add(self, rows: slice, terms: Terms, x: Tensor) -> None:
         """One pass over some rows of x."""
-        if _has_point_mass(terms):
+        if has_point_mass(terms):
             raise ValueError(
                 "expected a guide with a density, found a point mass (Delta): log p(x) cannot be estimated; "
                 "use another posterior, for example DiagonalNormal."
@@ -508,12 +276,9 @@ def _has_score(terms: Terms) -> bool:
     return any(s["type"] == "sample" and s["is_observed"] and not is_normalised(s["fn"]) for s in sites)
 
 
-def _has_point_mass(terms: Terms) -> bool:
+def has_point_mass(terms: Terms) -> bool:
     """Whether the guide puts a latent variable on one point: its log q is 0 by convention, not a density."""
     for site in terms.guide_trace.nodes.values():
-        fn: Any = site.get("fn")
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        if site["type"] == "sample" and not site["is_observed"] and isinstance(fn, Delta):
+        if site["type"] == "sample" and not site["is_observed"] and isinstance(elements(site["fn"]), Delta):
             return True
     return False

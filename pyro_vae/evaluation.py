@@ -9,17 +9,20 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from pyro_vae import plots
+from pyro_vae import evaluation_plots
 from pyro_vae.aggregate import Aggregate, aggregate_posterior, log_aggregate
 from pyro_vae.annealing import annealed_log_evidence
 from pyro_vae.calibration import Ranks, posterior_on_grid, simulation_based_calibration
 from pyro_vae.checkpoints import write_atomically
-from pyro_vae.contracts import is_discrete, is_real, untouched
+from pyro_vae.contracts import untouched
 from pyro_vae.diagnostics import Health, health
-from pyro_vae.estimates import Difference, Estimate, elbo, log_evidence, log_weights, paired_difference
+from pyro_vae.estimates import elbo, log_evidence, log_weights
 from pyro_vae.exact import log_evidence_by_enumeration, log_evidence_by_quadrature
 from pyro_vae.gaps import GapReport, gap_report, generalisation_gap, refine
+from pyro_vae.plot_style import plain_text
+from pyro_vae.supports import is_discrete, is_real
 from pyro_vae.tails import pareto_k
+from pyro_vae.uncertainty import Difference, Estimate, paired_difference
 
 _POINTS = 401  # of the quadrature's grid, in each dimension
 _LIMIT = 8.0
@@ -49,7 +52,7 @@ def quadrature(vae: Any, x: Tensor, policy: str = "") -> Estimate:
         >>> from pyro_vae.exact import LinearGaussian
         >>> model = LinearGaussian(torch.ones(3, 1), torch.zeros(3), 0.5)
         >>> print(quadrature(model.as_vae(), torch.ones(1, 3)))
-        -2.421387 ± 0.000000 nats (quadrature on 401 points, one example: Monte-Carlo error only)
+        -2.421387 ± 0 nats (quadrature on 401 points, one example: Monte-Carlo error only)
     """
     with untouched(vae):
         prior = vae.prior()
@@ -184,13 +187,14 @@ def diagnose(
     note(f"generalisation gap   {gap:.2f} ± {error:.2f} nats (ELBO, train less test)")
     drawn = {name: (bar.mean, bar.standard_error) for name, bar in bars.items()} | {"generalisation": (gap, error)}
     title = f"{data.name}: "
-    _save(plots.gap_bars(drawn), folder / "gaps.png", title + "gaps")
+    _save(evaluation_plots.gap_bars(drawn), folder / "gaps.png", title + "gaps")
 
     assert weighed.pareto_k is not None
     ends = weighed.pareto_k.argsort()[[0, -1]]
     log_w = log_weights(vae, few[ends], 5000, seed=seed)
     names = [f"test example {int(i)}" for i in ends]
-    _save(plots.log_weights(log_w, pareto_k(log_w), names), folder / "log_weights.png", title + "importance weights")
+    ax = evaluation_plots.log_weights(log_w, pareto_k(log_w), names)
+    _save(ax, folder / "log_weights.png", title + "importance weights")
     if is_real(vae.prior()) and tuple(vae.prior().event_shape) == (2,):
         _draw_plane(vae, x, data, folder, title)
     return result
@@ -214,11 +218,12 @@ def _draw_plane(vae: Any, x: Tensor, data: Any, folder: Path, title: str) -> Non
         grid = torch.cartesian_prod(axis, axis)
         prior_density = prior.log_prob(grid).exp().reshape(161, 161)
     density = log_aggregate(vae, x[:2000], grid).exp().reshape(161, 161)
-    _save(plots.aggregate_posterior(axis, density, prior_density), folder / "aggregate.png", title + "where codes lie")
+    ax = evaluation_plots.aggregate_posterior(axis, density, prior_density)
+    _save(ax, folder / "aggregate.png", title + "where codes lie")
     images = x[:5] if x.ndim == 4 and x.shape[1] in (1, 3) else None
     found = posterior_on_grid(vae, x[:5], limit=1.2 * limit, num_points=401)
     value_range = getattr(data, "value_range", None) or (min(0.0, float(x.min())), max(1.0, float(x.max())))
-    ax = plots.posteriors(found.axis, found.posterior, found.approximation, images, found.kl, value_range)
+    ax = evaluation_plots.posteriors(found.axis, found.posterior, found.approximation, images, found.kl, value_range)
     _save(ax, folder / "posteriors.png", title + "q(z | x) against the true posterior")
 
 
@@ -230,7 +235,7 @@ def _plain_difference(difference: Difference) -> dict[str, Any]:
 def _save(ax: Axes, path: Path, title: str) -> None:
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.suptitle(plots._plain(title))
+    figure.suptitle(plain_text(title))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     write_atomically(path, buffer.getvalue())

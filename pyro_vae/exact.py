@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.contracts import DecoderLike, PriorLike, is_real, require_likelihood, untouched
+from pyro_vae.contracts import DecoderLike, PriorLike, untouched
 from pyro_vae.decoders import Decoder
 from pyro_vae.discrete import all_values
 from pyro_vae.encoders import DiagonalNormal, FullNormal
-from pyro_vae.likelihoods import Normal
 from pyro_vae.priors import StandardNormal
+from pyro_vae.reals import Normal
+from pyro_vae.supports import is_real, require_likelihood
 from pyro_vae.vae import VAE
 
 

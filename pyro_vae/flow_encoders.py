@@ -8,8 +8,7 @@ import torch
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
-from pyro_vae.contracts import Distribution, Encoder
-from pyro_vae.encoders import _check_positive
+from pyro_vae.contracts import Distribution, Encoder, check_at_least_one
 from pyro_vae.flows import (
     Autoregressive,
     Coupling,
@@ -43,7 +42,7 @@ class FlowNormal(Encoder):
 
     def __init__(self, net: nn.Module, latent_dim: int, num_transforms: int):
         super().__init__()
-        _check_positive(latent_dim=latent_dim, num_transforms=num_transforms)
+        check_at_least_one(latent_dim=latent_dim, num_transforms=num_transforms)
         self.net, self.latent_dim, self.num_transforms = net, latent_dim, num_transforms
         self.register_buffer("points", normal_points(latent_dim), persistent=False)
 
@@ -185,7 +184,7 @@ class _ContextFlow(FlowNormal):
         activation: type[nn.Module],
     ):
         super().__init__(net, latent_dim, num_transforms)
-        _check_positive(hidden=hidden, context_dim=context_dim)
+        check_at_least_one(hidden=hidden, context_dim=context_dim)
         self.context_dim = context_dim
         self.conditioners = nn.ModuleList(self.conditioner(hidden, activation) for _ in range(num_transforms))
 

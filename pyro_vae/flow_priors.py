@@ -7,7 +7,7 @@ from pyro.distributions import Normal, TransformedDistribution, transforms
 from pyro.nn import AutoRegressiveNN, DenseNN
 from torch import Tensor, nn
 
-from pyro_vae.contracts import Distribution, Prior, _check_positive, _check_several
+from pyro_vae.contracts import Distribution, Prior, check_positive, check_several
 from pyro_vae.flows import Autoregressive, Coupling, Flow, Inverse, Map, MaskedMlp, normal_points, start_at_zero
 from pyro_vae.splines import Spline, num_parameters
 
@@ -62,11 +62,11 @@ class FlowPrior(Prior):
         hidden: int = 64,
     ):
         super().__init__()
-        _check_positive(latent_dim=latent_dim, num_transforms=num_transforms, hidden=hidden)
+        check_positive(latent_dim=latent_dim, num_transforms=num_transforms, hidden=hidden)
         if kind not in _KINDS:
             raise ValueError(f"expected kind to be one of {', '.join(map(repr, _KINDS))}, found {kind!r}.")
         if kind != "autoregressive_spline":
-            _check_several(latent_dim)
+            check_several(latent_dim)
         if kind.startswith("autoregressive") and hidden < latent_dim:
             raise ValueError(f"expected hidden >= {latent_dim} (latent_dim), found {hidden}: widen the masked network.")
         self.latent_dim, self.kind, self.num_transforms, self.hidden = latent_dim, kind, num_transforms, hidden

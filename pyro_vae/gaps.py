@@ -15,8 +15,9 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from pyro_vae.contracts import Distribution, require_likelihood, untouched
-from pyro_vae.estimates import Difference, Estimate, paired_difference, with_error
+from pyro_vae.contracts import Distribution, untouched
+from pyro_vae.supports import require_likelihood
+from pyro_vae.uncertainty import Difference, Estimate, paired_difference, with_error
 
 
 @dataclass(frozen=True)

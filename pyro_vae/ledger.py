@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae.contracts import untouched
-from pyro_vae.estimates import Estimate, _has_point_mass, with_error
+from pyro_vae.estimates import has_point_mass
 from pyro_vae.passes import passes
 from pyro_vae.terms import Terms, check_num_particles, draw, layout
+from pyro_vae.uncertainty import Estimate, with_error
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def ledger(
         for rows, terms in _chunks(
             vae, pair, args, num_particles, vectorize_particles, max_plate_nesting, max_elements
         ):
-            if _has_point_mass(terms):
+            if has_point_mass(terms):
                 note = "the guide is a point mass: log q is 0 by convention, and the ELBO is no bound"
             for key, (name, values) in _terms_by_site(terms).items():
                 names[key] = name

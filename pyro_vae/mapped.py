@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_vae.datasets import POLICIES, _counts, _expect, _expect_choice, _expect_whole, _generator, _Pixels
+from pyro_vae.data_contract import POLICIES, _Pixels, expect, expect_choice, expect_whole, row_counts, seeded
 from pyro_vae.streaming import memory_mapped
 
 _BLOCK = 10_000  # rows looked at in one pass
@@ -39,36 +39,36 @@ class MappedArray(_Pixels):
         binarization: Literal["none", "grey", "dynamic", "levels"] = "none",
         seed: int = 0,
     ) -> None:
-        _expect_choice("binarization", binarization, ("none", "grey", "dynamic", "levels"))
-        _expect_whole("num_test", num_test, 1)
+        expect_choice("binarization", binarization, ("none", "grey", "dynamic", "levels"))
+        expect_whole("num_test", num_test, 1)
         file = Path(path).expanduser()
-        generator, rows = _generator(seed), _channels_first(memory_mapped(file), file)
-        _expect(len(rows) > num_test, f"more than {num_test} rows in {file}", len(rows), "lower num_test")
+        generator, rows = seeded(seed), _channels_first(memory_mapped(file), file)
+        expect(len(rows) > num_test, f"more than {num_test} rows in {file}", len(rows), "lower num_test")
         least, most, bits = _range(rows, file)
         train, test = rows[:-num_test], rows[-num_test:].clone()
         is_bytes = rows.dtype == torch.uint8
         if binarization == "none":
             remedy = "choose binarization=grey, dynamic or levels, or save the array as float32"
-            _expect(bits or not is_bytes, f"floats or bits in {file}", f"bytes up to {most:g}", remedy)
+            expect(bits or not is_bytes, f"floats or bits in {file}", f"bytes up to {most:g}", remedy)
             self._binarization, self.train, self.test = "none", train, test.float()
             unit = "ContinuousBernoulli" if least >= 0 and most <= 1 else "Normal"
             self.natural_likelihood = ("Bernoulli" if bits else unit, {})
         else:
             known = is_bytes or (binarization != "levels" and least >= 0 and most <= 1)
             found = f"{rows.dtype} from {least:g} to {most:g}"
-            _expect(known and not (is_bytes and bits), f"grey values in {file}", found, "choose binarization=none")
+            expect(known and not (is_bytes and bits), f"grey values in {file}", found, "choose binarization=none")
             self._store(train, test, binarization, generator)
         self.name = file.name
         policy = POLICIES[binarization].format(seed=seed)
-        self.policy = f"{self.name}, {policy}, the last {num_test} rows held out, {_counts(self)}"
+        self.policy = f"{self.name}, {policy}, the last {num_test} rows held out, {row_counts(self)}"
 
 
 def _channels_first(rows: Tensor, file: Path) -> Tensor:
     known = rows.dtype in (torch.uint8, torch.float32)
-    _expect(known, f"uint8 or float32 in {file}", rows.dtype, "convert it: values of other types would be copied")
+    expect(known, f"uint8 or float32 in {file}", rows.dtype, "convert it: values of other types would be copied")
     fits = rows.dim() in (2, 3, 4) and 0 not in rows.shape[1:]
     expected = f"rows [N, E], [N, H, W], [N, C, H, W] or [N, H, W, C] in {file}"
-    _expect(fits, expected, f"shape {list(rows.shape)}", "reshape the array")
+    expect(fits, expected, f"shape {list(rows.shape)}", "reshape the array")
     if rows.dim() == 3:
         return rows[:, None]
     last = rows.dim() == 4 and rows.dtype == torch.uint8 and rows.shape[3] in (1, 3) and rows.shape[1] not in (1, 3)
@@ -81,7 +81,7 @@ def _range(rows: Tensor, file: Path) -> tuple[float, float, bool]:
     for block in rows.split(_BLOCK):
         # A NaN or an infinite value makes the sum of least and largest no number.
         low, high = block.min().item(), block.max().item()
-        _expect(abs(low + high) < torch.inf, f"finite values in {file}", f"{low:g} to {high:g}", "clean the data")
+        expect(abs(low + high) < torch.inf, f"finite values in {file}", f"{low:g} to {high:g}", "clean the data")
         least, most = min(least, low), max(most, high)
         bits = bits and bool(((block == 0) | (block == 1)).all())
     return least, most, bits

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.contracts import untouched
-from pyro_vae.likelihoods import WithMissing
+from pyro_vae.masked import WithMissing
+from pyro_vae.supports import elements
 from pyro_vae.tables import Categories
 from pyro_vae.terms import check_num_particles, draw
 
@@ -100,14 +101,8 @@ def _expected(vae: Any, x: Tensor, num_particles: int, sample: bool) -> Tensor:
     if sample:
         chosen = torch.multinomial(weight.T, 1).squeeze(1)  # [B]
         return vae.decoder(z[chosen, torch.arange(len(x), device=x.device)]).sample()
-    p: Any = vae.decoder(z)
-    return _weighted(_elements(p), weight)
-
-
-def _elements(p: Any) -> Any:
-    while isinstance(p, torch.distributions.Independent | WithMissing):
-        p = p.base if isinstance(p, WithMissing) else p.base_dist
-    return p
+    p = elements(vae.decoder(z))
+    return _weighted(p.base if isinstance(p, WithMissing) else p, weight)
 
 
 def _weighted(p: Any, weight: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class _Straight:
             for p in parameters:
                 if not self.state[p]:
                     zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                    self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+                    step = torch.zeros((), dtype=torch.float32, device=p.device)  # the type that CUDA's kernel reads
+                    self.state[p] = {"step": step, **zeros}
             states = [self.state[p] for p in parameters]
             steps = self._counted((id(group), *kind), states)
             (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
@@ -212,7 +213,9 @@ def torch_optimizer(optim: Any) -> Callable[[Iterable[Tensor]], torch.optim.Opti
         known = set() if one is None else set(inspect.signature(one).parameters)
         if one is None or any(set(group) - known - {"params"} for group in groups):
             one = constructor
-            if "fused" in inspect.signature(one).parameters:
+            on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+            has_kernel = one is not torch.optim.Adagrad or on_cpu  # torch 2.11 has none for GPUs, and says so in a step
+            if "fused" in inspect.signature(one).parameters and has_kernel:
                 groups = [{"fused": True, **group} for group in groups]  # one pass over all parameters
         shared = {k: v for k, v in groups[0].items() if k != "params"} if len(groups) == 1 else {}
         if len(groups) > 1 and any("lr" in group for group in groups):
@@ -275,7 +278,7 @@ class OneOfMany:
             for name, entry in value.items():
                 if name == "step" and isinstance(self._all, ClippedAdam):
                     group["taken"] = int(entry)
-                    entry = torch.tensor(float(entry), device=self._parameter.device)
+                    entry = torch.tensor(float(entry), dtype=torch.float32, device=self._parameter.device)
                 own[name] = entry.to(self._parameter.device, copy=True) if isinstance(entry, Tensor) else entry
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.encoders import _check_positive
+from pyro_vae.contracts import check_at_least_one
 from pyro_vae.flow_encoders import FlowNormal
 from pyro_vae.flows import Map, solve_bend
 
@@ -143,7 +143,7 @@ class SylvesterFlow(FlowNormal):
 
     def __init__(self, net: nn.Module, latent_dim: int, num_transforms: int = 4, num_reflections: int = 4):
         super().__init__(net, latent_dim, num_transforms)
-        _check_positive(num_reflections=num_reflections)
+        check_at_least_one(num_reflections=num_reflections)
         self.num_reflections = num_reflections
 
     def extra_repr(self) -> str:

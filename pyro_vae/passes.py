@@ -8,7 +8,7 @@ import pyro
 from torch import Tensor
 
 from pyro_vae.capture import NotCapturable
-from pyro_vae.contracts import check_vae
+from pyro_vae.dry_run import check_vae
 from pyro_vae.replays import Replay
 from pyro_vae.terms import Program, Terms, check_num_particles, draw
 from pyro_vae.vae import VAE

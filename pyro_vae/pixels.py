@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_vae.contracts import Distribution, Likelihood
-from pyro_vae.likelihoods import split_outputs
+from pyro_vae.contracts import Distribution, Likelihood, split_outputs
 
 _LOG_SCALE_LIMIT = 10.0  # scales from e^-10 to e^10 half-ranges: far beyond both ends of what pixels can tell apart
 

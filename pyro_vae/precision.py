@@ -80,14 +80,28 @@ def tensor_cores(precision: Precision, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at import
+    before = _older_settings(), matmul.fp32_precision, conv.fp32_precision
     try:
+        _set_older("high" if precision == "tf32" else "highest", precision == "tf32")
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        _set_older(*before[0])
+        matmul.fp32_precision, conv.fp32_precision = before[1:]
+
+
+def _older_settings() -> tuple[str, bool]:
+    """As torch's older interface has them; where the newer one was used, reading the older one fails."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return "highest", True
+
+
+def _set_older(matmul: str, conv: bool) -> None:
+    """The older interface writes what the newer one reads, and inductor reads both."""
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = conv
 
 
 class _Rounded(TorchFunctionMode):

@@ -18,11 +18,12 @@ from pyro_vae.decoders import Decoder
 from pyro_vae.encoders import Delta, DiagonalNormal
 from pyro_vae.files import ImageFolder
 from pyro_vae.layers import OverBatch, Standardize, doubling
-from pyro_vae.likelihoods import Bernoulli, ContinuousBernoulli, Normal
 from pyro_vae.networks import ConvPair, MlpPair, NetworkPair
 from pyro_vae.objectives import ELBO, Beta
 from pyro_vae.pairs import SpatialPair
 from pyro_vae.priors import StandardNormal
+from pyro_vae.proportions import Bernoulli, ContinuousBernoulli
+from pyro_vae.reals import Normal
 from pyro_vae.vae import VAE
 
 

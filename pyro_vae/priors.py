@@ -11,7 +11,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
-from pyro_vae.contracts import Distribution, EncoderLike, Prior, _check_positive, _check_several
+from pyro_vae.contracts import Distribution, EncoderLike, Prior, check_positive, check_several
 from pyro_vae.simplex import Dirichlet as Dirichlet
 from pyro_vae.simplex import LogisticNormal as LogisticNormal
 from pyro_vae.spherical import SphereUniform as SphereUniform
@@ -45,7 +45,7 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: int, scale: float = 1.0):
         super().__init__()
-        _check_positive(latent_dim=latent_dim, scale=scale)
+        check_positive(latent_dim=latent_dim, scale=scale)
         self.latent_dim, self.scale = latent_dim, scale
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
 
@@ -83,7 +83,7 @@ class LearnedNormal(Prior):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        _check_positive(latent_dim=latent_dim)
+        check_positive(latent_dim=latent_dim)
         self.latent_dim = latent_dim
         self.loc = nn.Parameter(torch.zeros(latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(latent_dim))
@@ -125,7 +125,7 @@ class Laplace(Prior):
 
     def __init__(self, latent_dim: int, scale: float = 1.0):
         super().__init__()
-        _check_positive(latent_dim=latent_dim, scale=scale)
+        check_positive(latent_dim=latent_dim, scale=scale)
         self.latent_dim, self.scale = latent_dim, scale
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
 
@@ -168,7 +168,7 @@ class StudentT(Prior):
 
     def __init__(self, latent_dim: int, df: float = 5.0, scale: float = 1.0):
         super().__init__()
-        _check_positive(latent_dim=latent_dim, df=df, scale=scale)
+        check_positive(latent_dim=latent_dim, df=df, scale=scale)
         self.latent_dim, self.df, self.scale = latent_dim, df, scale
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
 
@@ -241,7 +241,7 @@ class MixtureOfNormals(Prior):
 
     def __init__(self, latent_dim: int, num_components: int = 10, spread: float = 1.0):
         super().__init__()
-        _check_positive(latent_dim=latent_dim, num_components=num_components, spread=spread)
+        check_positive(latent_dim=latent_dim, num_components=num_components, spread=spread)
         self.latent_dim, self.num_components = latent_dim, num_components
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(spread * torch.randn(num_components, latent_dim))
@@ -287,7 +287,7 @@ class VampPrior(Prior):
 
     def __init__(self, encoder: EncoderLike, pseudo_inputs: Tensor, num_components: int = 500):
         super().__init__()
-        _check_positive(num_components=num_components)
+        check_positive(num_components=num_components)
         if pseudo_inputs.dim() < 2 or len(pseudo_inputs) == 0:
             raise ValueError(
                 f"pseudo_inputs has shape {tuple(pseudo_inputs.shape)}, expected [N, *E] with N >= 1: "
@@ -337,7 +337,7 @@ class OneHotCategorical(Prior):
 
     def __init__(self, latent_dim: int, learn: bool = False):
         super().__init__()
-        _check_several(latent_dim)
+        check_several(latent_dim)
         self.latent_dim, self.learn = latent_dim, learn
         if learn:
             self.logits = nn.Parameter(torch.zeros(latent_dim))
@@ -381,7 +381,7 @@ class Bernoulli(Prior):
 
     def __init__(self, latent_dim: int, probs: float = 0.5):
         super().__init__()
-        _check_positive(latent_dim=latent_dim)
+        check_positive(latent_dim=latent_dim)
         if not 0 < probs < 1:
             raise ValueError(f"expected 0 < probs < 1, found {probs}: it is the probability of a 1.")
         self.latent_dim, self.probs = latent_dim, probs

@@ -1,6 +1,6 @@
 """Pictures of what a code is good for: its cloud, its neighbours, its confusions, what it finds odd.
 
-Functions ``(values, ..., ax=None) -> ax`` that only draw, like those of :mod:`pyro_vae.plots`.
+Functions ``(values, ..., ax=None) -> ax`` that only draw, see :mod:`pyro_vae.plot_style`.
 """
 
 import math
@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Rectangle
 from torch import Tensor
 
-from pyro_vae import plots
+from pyro_vae import image_plots, latent_plots
 from pyro_vae.clouds import Ball
+from pyro_vae.contracts import check_at_least_one
+from pyro_vae.plot_style import BLUE, VERMILION, new_axes, plain_text, tidy
 
 
 def cloud(
@@ -46,7 +48,7 @@ def cloud(
     if codes.ndim != 2 or codes.shape[1] < 2 or ball.centre.shape != codes.shape[1:]:
         found = f"{tuple(codes.shape)} and a centre {tuple(ball.centre.shape)}"
         raise ValueError(f"expected codes [N, D] with D >= 2 and a ball of D dimensions, found {found}.")
-    ax = plots.latent_scatter(codes[:, :2], labels, class_names, ax, prior_circle=False)
+    ax = latent_plots.latent_scatter(codes[:, :2], labels, class_names, ax, prior_circle=False)
     centre = ball.centre[:2].tolist()
     inside = float(ball.contains(codes.to(ball.centre)).double().mean())
     dim = codes.shape[1]
@@ -81,13 +83,13 @@ def circle(
     Returns:
         The axes; its coordinates are z.
     """
-    plots._check_at_least_one(num=num)
+    check_at_least_one(num=num)
     angle = torch.arange(num) * (2 * math.pi / num)
     z = torch.stack([angle.cos(), angle.sin()], 1)
-    tiles = plots._tiles(decode(z), value_range)
+    tiles = image_plots.as_tiles(decode(z), value_range)
     if len(tiles) != num:
         raise ValueError(f"decode(z) gave {len(tiles)} pictures, expected {num}: one for each row of z.")
-    ax = ax or plots._new_axes(6.4, 6.4)
+    ax = ax or new_axes(6.4, 6.4)
     ax.add_patch(Circle((0, 0), 1.0, fill=False, ec="0.6", lw=1.0))
     # Side by side on a larger circle, apart from each other and from the unit circle.
     width = 2 * math.sin(math.pi / max(num, 4)) / (1.5 - math.sin(math.pi / max(num, 4)))
@@ -100,7 +102,7 @@ def circle(
         extent = (x - half[0], x + half[0], y - half[1], y + half[1])
         ax.imshow(ink, cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent)
         ax.add_patch(Rectangle((extent[0], extent[2]), 2 * half[0], 2 * half[1], fill=False, ec="0.8", lw=0.6))
-        ax.plot(*place, marker="o", ms=3, color=plots.BLUE)
+        ax.plot(*place, marker="o", ms=3, color=BLUE)
     reach = ring + 0.55 * width
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="$z_1$", ylabel="$z_2$")
     ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
@@ -139,18 +141,18 @@ def neighbours(
     label_room, beside, below = 1.45, most + 2.6, 0.4  # in pictures: of a row, to the next query, below its rows
     block, side = np.divmod(np.arange(num), min(2, num))
     top, left = block * (ways * label_room + below), side * beside
-    tiles, rows, columns = [plots._tiles(queries, value_range)], [top], [left]
+    tiles, rows, columns = [image_plots.as_tiles(queries, value_range)], [top], [left]
     for way, part in enumerate(found.values()):
-        tiles.append(plots._tiles(part.flatten(0, 1), value_range))
+        tiles.append(image_plots.as_tiles(part.flatten(0, 1), value_range))
         rows.append(np.repeat(top + way * label_room, most))
         columns.append(np.repeat(left + 1.6, most) + np.tile(np.arange(most), num))
     widest, deepest = float(left.max()) + most + 1.6, float(top.max()) + ways * label_room
-    ax = ax or plots._new_axes(1.6 + 0.55 * widest, 0.8 + 0.55 * deepest)
-    ax, y, x = plots._show(np.concatenate(tiles), np.concatenate(rows), np.concatenate(columns), ax)
+    ax = ax or new_axes(1.6 + 0.55 * widest, 0.8 + 0.55 * deepest)
+    ax, y, x = image_plots.show_tiles(np.concatenate(tiles), np.concatenate(rows), np.concatenate(columns), ax)
     half = (ax.get_xlim()[1] - float(x.max())) - 1 + 1.5  # of a picture, and its frame
 
     def write(place: int, label: object, colour: str, weight: str = "normal") -> None:
-        text = ax.text(x[place], y[place] - half, plots._plain(label), ha="center", va="bottom", fontsize=8)
+        text = ax.text(x[place], y[place] - half, plain_text(label), ha="center", va="bottom", fontsize=8)
         text.set(color=colour, weight=weight)
 
     for q, label in enumerate(query_labels or []):
@@ -163,7 +165,7 @@ def neighbours(
                 write(num + (way * num + q) * most + j, label, *look)
     of_left = [q for q in range(num) if side[q] == 0]
     at = [y[num + (way * num + q) * most] for q in of_left for way in range(ways)]
-    ax.set_yticks(at, labels=[plots._plain(name) for name in found] * len(of_left))
+    ax.set_yticks(at, labels=[plain_text(name) for name in found] * len(of_left))
     heads = {x[q]: "query" for q in range(num)}
     heads |= {float(np.mean(x[num + q * most : num + (q + 1) * most])): "nearest first" for q in range(num)}
     ax.set_xticks(list(heads), labels=list(heads.values()))
@@ -190,7 +192,7 @@ def confusion(shares: Tensor, names: Sequence[str] | None = None, ax: Axes | Non
     names = [str(c) for c in range(num)] if names is None else list(names)
     if shares.shape != (num, num) or len(names) != num:
         raise ValueError(f"expected shares [C, C] and C names, found {tuple(shares.shape)} and {len(names)} names.")
-    ax = ax or plots._new_axes(5.6, 5.2)
+    ax = ax or new_axes(5.6, 5.2)
     off = shares.detach().cpu().double().clone()
     off.fill_diagonal_(math.nan)
     highest = float(off.nan_to_num().max()) or 1.0
@@ -201,8 +203,8 @@ def confusion(shares: Tensor, names: Sequence[str] | None = None, ax: Axes | Non
             if true != taken and share >= 0.005:
                 colour = "white" if share > 0.6 * highest else "black"
                 ax.text(taken, true, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    ax.set_xticks(range(num), labels=[plots._plain(name) for name in names])
-    ax.set_yticks(range(num), labels=[plots._plain(name) for name in names])
+    ax.set_xticks(range(num), labels=[plain_text(name) for name in names])
+    ax.set_yticks(range(num), labels=[plain_text(name) for name in names])
     ax.set(xlabel="taken for", ylabel="true class")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
@@ -224,16 +226,16 @@ def odd_scores(
     Returns:
         The axes.
     """
-    ax = ax or plots._new_axes(4.8, 3.2)
+    ax = ax or new_axes(4.8, 3.2)
     both = torch.cat([ordinary, odd]).double().cpu()
     low, high = both.quantile(torch.tensor([0.002, 0.998], dtype=torch.float64)).tolist()
     edges = np.linspace(low, high if high > low else low + 1, 61).tolist()
-    for scores, name, colour, style in zip((ordinary, odd), names, (plots.BLUE, plots.VERMILION), "-:", strict=True):
+    for scores, name, colour, style in zip((ordinary, odd), names, (BLUE, VERMILION), "-:", strict=True):
         values = scores.double().cpu().clamp(edges[0], edges[-1]).numpy()
         ax.hist(values, bins=edges, density=True, color=colour, alpha=0.25)
         ax.hist(values, bins=edges, density=True, histtype="step", color=colour, lw=1.6, ls=style, label=name)
     ax.set(xlabel=label, ylabel="density", yticks=[])
     ax.margins(y=0.35)  # for the legend
     ax.legend(frameon=False, fontsize=9, loc="upper center")
-    plots._tidy(ax)
+    tidy(ax)
     return ax

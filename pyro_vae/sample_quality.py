@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.contracts import untouched
-from pyro_vae.estimates import Difference, Estimate, with_error
 from pyro_vae.geometry import distances
 from pyro_vae.networks import Mlp
-from pyro_vae.representation import Score
+from pyro_vae.uncertainty import Difference, Estimate, Score, with_error
 
 
 class Classifier(nn.Module):

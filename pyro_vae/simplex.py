@@ -4,7 +4,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyro_vae.contracts import Distribution, Prior, _check_positive, _check_several
+from pyro_vae.contracts import Distribution, Prior, check_positive, check_several
 
 
 class LogisticNormal(Prior):
@@ -37,8 +37,8 @@ class LogisticNormal(Prior):
 
     def __init__(self, latent_dim: int, scale: float = 1.0):
         super().__init__()
-        _check_positive(scale=scale)
-        _check_several(latent_dim)
+        check_positive(scale=scale)
+        check_several(latent_dim)
         self.latent_dim, self.scale = latent_dim, scale
         self.register_buffer("loc", torch.zeros(latent_dim - 1), persistent=False)
 
@@ -79,8 +79,8 @@ class Dirichlet(Prior):
 
     def __init__(self, latent_dim: int, concentration: float = 1.0):
         super().__init__()
-        _check_positive(concentration=concentration)
-        _check_several(latent_dim)
+        check_positive(concentration=concentration)
+        check_several(latent_dim)
         self.latent_dim, self.concentration = latent_dim, concentration
         self.register_buffer("ones", torch.ones(latent_dim), persistent=False)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import register_kl
 from torch.nn.functional import pad
 
-from pyro_vae.contracts import Distribution, Prior, _check_several
+from pyro_vae.contracts import Distribution, Prior, check_several
 
 _NO_SHAPE = torch.Size()
 _NUM_TERMS = 64  # of the sine series of an angle's density
@@ -56,7 +56,7 @@ class SphereUniform(Prior):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        _check_several(latent_dim)
+        check_several(latent_dim)
         self.latent_dim = latent_dim
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_vae.datasets import DataSet, _counts, _expect, _expect_whole, _generator, _split
+from pyro_vae.data_contract import DataSet, expect, expect_whole, row_counts, seeded, split_rows
 
 _LARGEST = 0.27  # half the extent of the largest shape, in widths of the picture
 _FINER = 4  # points a pixel in each direction; a pixel is ink where most of them are
@@ -63,18 +63,18 @@ class Sprites(DataSet):
         test_fraction: float = 0.1,
         seed: int = 0,
     ) -> None:
-        _expect_whole("size", size, 8)
+        expect_whole("size", size, 8)
         numbers = {"num_scales": num_scales, "num_rotations": num_rotations, "num_positions": num_positions}
         for name, number in numbers.items():
-            _expect_whole(name, number, 1)
+            expect_whole(name, number, 1)
         self.factor_sizes = (3, num_scales, num_rotations, num_positions, num_positions)
         count = math.prod(self.factor_sizes)
-        _expect(count * size**2 <= 2**31, "at most 2**31 pixels in all", count * size**2, "choose smaller numbers")
+        expect(count * size**2 <= 2**31, "at most 2**31 pixels in all", count * size**2, "choose smaller numbers")
         # Whole pixels between two places, so that the same shape is the same bits everywhere.
         room = (1 - 2 * _LARGEST) * size
         step = int(room) if num_positions == 1 else int(room / (num_positions - 1))
         found = f"num_positions={num_positions} and size={size}"
-        _expect(
+        expect(
             step >= 1, f"at most {int(room) + 1} places for a size of {size}", found, "choose fewer, or a larger size"
         )
         factors = torch.cartesian_prod(*[torch.arange(n, device="cpu") for n in self.factor_sizes])
@@ -84,7 +84,7 @@ class Sprites(DataSet):
         places = factors[: num_positions**2, 3:].tolist()
         moved = [corner.roll((step * row, step * column), dims=(1, 2)) for column, row in places]
         pictures = torch.stack(moved, 1).reshape(-1, 1, size, size)
-        train, test = _split(count, test_fraction, _generator(seed))
+        train, test = split_rows(count, test_fraction, seeded(seed))
         self.train, self.test = pictures[train], pictures[test].float()
         self.train_factors, self.test_factors = factors[train], factors[test]
         self.train_labels, self.test_labels = factors[train, 0], factors[test, 0]
@@ -93,7 +93,7 @@ class Sprites(DataSet):
         self.name = "Sprites"
         self.policy = (
             f"Sprites {size}x{size}, 3 shapes x {num_scales} scales x {num_rotations} rotations x {num_positions} "
-            f"columns x {num_positions} rows, split with seed {seed}, {_counts(self)}"
+            f"columns x {num_positions} rows, split with seed {seed}, {row_counts(self)}"
         )
 
 

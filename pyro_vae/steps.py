@@ -139,8 +139,11 @@ class Steps:
         chunks = [*order[:several].split(together * self.batch_size), *order[several:].split(self.batch_size)]
         for chunk in filter(len, chunks):
             index = chunk.view(-1, min(self.batch_size, len(chunk)))
-            if self.captured is not None and self._is_recordable():
+            recordable = self.captured is not None and self._is_recordable()
+            if recordable or self.rates:  # rates that were sent once are those that the steps go on reading
                 self._send_rates()
+            if recordable and self.captured is not None:
+                self.recorded.generators = self.captured.generators
                 self.recorded(index, also=self._fixed())
             else:
                 self._take(index)
@@ -192,7 +195,8 @@ class Steps:
         """How steps are taken, in one line."""
         if self.captured is None:
             return "eager"
-        recorded = f", {self.per_replay} steps in a CUDA graph" if self.recorded.num_recorded else ""
+        is_recorded = self.recorded.num_recorded > 0 and self.recorded.failure is None
+        recorded = f", {self.per_replay} steps in a CUDA graph" * is_recorded
         return self.captured.explain().splitlines()[0].split(": ", 1)[-1] + recorded
 
     def _is_recordable(self) -> bool:

@@ -65,7 +65,9 @@ class Rows:
         longest = max(map(len, indices))
         cuda = self.device.type == "cuda"
         stream = torch.cuda.Stream(self.device) if cuda else None
-        buffers: list[Any] = [_PinnedBuffer(self.x, longest, stream) if cuda else _NoBuffer(self.x) for _ in range(2)]
+        buffers: list[Any] = [
+            _PinnedBuffer(self.x, longest, stream) if cuda else _NoBuffer(self.x, self.device) for _ in range(2)
+        ]
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(buffers[0].gather, indices[0])
             for step in range(len(indices)):
@@ -78,16 +80,16 @@ class Rows:
 
 
 class _NoBuffer:
-    """On a processor a batch is used where it was gathered."""
+    """On a processor a batch is used where it was gathered; any other device gets a copy."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
+    def __init__(self, x: Tensor, device: torch.device) -> None:
+        self.x, self.device = x, device
 
     def gather(self, index: Tensor) -> Tensor:
         return self.x[index]
 
     def send(self, rows: Tensor) -> Tensor:
-        return rows
+        return rows.to(self.device)
 
     def wait(self) -> None:
         pass

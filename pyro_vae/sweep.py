@@ -18,10 +18,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from pyro_vae import plots
+from pyro_vae import sweep_plots, tails
 from pyro_vae.checkpoints import write_atomically
-from pyro_vae.configuration import UsageError
-from pyro_vae.estimates import with_error
+from pyro_vae.parts import UsageError
+from pyro_vae.uncertainty import with_error
 
 RATE, FIT = "KL(q(z|x), p(z))", "E log p(x|z)"
 
@@ -180,6 +180,7 @@ class Sweep:
         policies: the data policies found, one if the numbers compare.
         failures: "label seed=0" -> why it has no numbers.
         folders: "label seed=0" -> run folder.
+        draws: the K behind each log p(x), and for how many examples it is too small.
     """
 
     labels: tuple[str, ...]
@@ -188,6 +189,7 @@ class Sweep:
     policies: tuple[str, ...]
     failures: Mapping[str, str]
     folders: Mapping[str, str]
+    draws: tuple[str, ...] = ()
 
     @property
     def differences(self) -> dict[str, dict[str, Cell]]:
@@ -218,6 +220,7 @@ class Sweep:
             "",
         ]
         lines += [f"- held-out: {policy}" for policy in self.policies]
+        lines += [f"- log p(x): {draws}" for draws in self.draws]
         lines += [f"- failed: {run}: {reason}" for run, reason in self.failures.items()]
         if len(self.policies) > 1:
             lines += ["", "Numbers about different data: they cannot be compared, and no difference is shown."]
@@ -251,6 +254,7 @@ class Sweep:
 
         return {
             "policies": list(self.policies),
+            "draws": list(self.draws),
             "seeds": list(self.seeds),
             "errors": self.error_text,
             "values": plain(self.cells),
@@ -267,12 +271,12 @@ class Sweep:
             if metric != "seconds" and row
         }
         name, ticks = _ticks(self.labels)
-        drawn = {"sweep": plots.sweep(ticks, numbers, name)} if numbers else {}
+        drawn = {"sweep": sweep_plots.sweep(ticks, numbers, name)} if numbers else {}
         both = [label for label in self.labels if all(label in self.cells.get(m, {}) for m in (RATE, FIT))]
         if len(both) > 1 and len(self.policies) == 1:
             rates, fits = ([self.cells[m][label].values for label in both] for m in (RATE, FIT))
             points = [[(r[s], -d[s]) for s in r if s in d] for r, d in zip(rates, fits, strict=True)]
-            drawn["rate_distortion"] = plots.rate_distortion(points, _ticks(both)[1], name)
+            drawn["rate_distortion"] = sweep_plots.rate_distortion(points, _ticks(both)[1], name)
         return drawn
 
     def write(self, folder: Path) -> list[Path]:
@@ -321,6 +325,24 @@ def collect(runs: Sequence[Run], failures: Mapping[Run, str]) -> Sweep:
         tuple(policies),
         {f"{run.label} seed={run.seed}": reason for run, reason in failures.items()},
         {f"{run.label} seed={run.seed}": str(run.folder) for run in runs},
+        _draws([run.folder for run in runs if run not in failures]),
+    )
+
+
+def _draws(folders: Sequence[Path]) -> tuple[str, ...]:
+    """One line for each K: what the estimates of log p(x) in these run folders say of their draws."""
+    few: dict[int, list[int]] = {}
+    examples = 0
+    for folder in folders:
+        for found in json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["estimates"]:
+            if found["name"] == "log p(x)" and found.get("num_particles"):
+                few.setdefault(found["num_particles"], []).append(found.get("untrusted_examples") or 0)
+                examples = found["num_examples"]
+    return tuple(
+        f"IWAE bound, from below, K={k}"
+        + (f"; K too small for up to {max(counts)} of {examples} examples of a run" if any(counts) else "")
+        + ("; K too small to judge" if k < tails.FEWEST_DRAWS else "")
+        for k, counts in few.items()
     )
 
 

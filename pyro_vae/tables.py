@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.contracts import Distribution, Likelihood, mean_and_scale
-from pyro_vae.likelihoods import Masked
+from pyro_vae.masked import Masked
 from pyro_vae.pixels import LevelCategorical
+from pyro_vae.supports import elements
 
 
 class Categories(LevelCategorical):
@@ -229,9 +230,7 @@ class MixedColumns(Likelihood):
                 "make its last layer likelihood.output_shape((C,))[0] wide."
             )
         for likelihood, part in zip(self._each(), h.split(widths, -1), strict=True):
-            p: Any = likelihood(part)
-            while isinstance(p, torch.distributions.Independent):
-                p = p.base_dist
+            p = elements(likelihood(part))
             if len(p.event_shape):
                 raise ValueError(
                     f"expected likelihoods of independent numbers, found {type(likelihood).__name__}, which is joint "

@@ -27,7 +27,8 @@ class PlainDraws(TorchFunctionMode):
 
     Double-precision coins on the processor become a comparison with the uniform numbers behind them: inductor would
     take uniform numbers of single precision, other coins than eager torch's. (In single precision they are the same.)
-    ``one_hot`` checks the values of its indices, which a graph cannot; here they are scattered.
+    ``one_hot`` checks the values of its indices, which a graph cannot; here they are scattered. ``normal`` checks its
+    scales and ``multinomial`` its weights within the kernel, unseen, which a CUDA graph cannot; here they are not.
 
     Example:
         >>> p = torch.full((100,), 0.3, dtype=torch.float64)
@@ -44,6 +45,12 @@ class PlainDraws(TorchFunctionMode):
             (probs,) = args
             if probs.dtype == torch.float64 and probs.device.type == "cpu":
                 return (torch.rand_like(probs) < probs).to(probs.dtype)
+        if func is torch.normal and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) for a in args):
+            loc, scale = args
+            noise = torch.randn(torch.broadcast_shapes(loc.shape, scale.shape), dtype=loc.dtype, device=loc.device)
+            return (noise * scale + loc).detach()
+        if func is torch.multinomial and len(args) > 1 and args[1] == 1 and not kwargs:
+            return (args[0] / torch.empty_like(args[0]).exponential_()).argmax(-1, keepdim=True)
         if func is nn.functional.one_hot and len(args) == 2 and args[1] > 0:
             index, num_classes = args
             return index.new_zeros(*index.shape, num_classes).scatter(-1, index.unsqueeze(-1), 1)

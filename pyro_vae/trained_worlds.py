@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from pyro_vae import testing
-from pyro_vae.contracts import check_vae, is_discrete, is_normalised, untouched
-from pyro_vae.estimates import _has_point_mass, log_weights
+from pyro_vae.contracts import untouched
+from pyro_vae.dry_run import check_vae
+from pyro_vae.estimates import has_point_mass, log_weights
 from pyro_vae.exact import joint_by_enumeration
 from pyro_vae.passes import passes
+from pyro_vae.supports import is_discrete, is_normalised
 from pyro_vae.terms import check_num_particles
 from pyro_vae.worlds import World, diagonal_of, grid_between, normal_of
 
@@ -136,7 +138,7 @@ def _draws(vae: Any, x: Tensor, num_particles: int, max_elements: int) -> tuple[
     """Draws z [K, B, D] of the guide and the three terms [K, B], by Pyro's traces of model and guide."""
     columns: dict[int, list[list[Tensor]]] = {}
     for rows, terms in passes(vae, x, num_particles, max_elements):
-        if _has_point_mass(terms):
+        if has_point_mass(terms):
             raise ValueError(
                 "expected a guide with a density, found a point mass (Delta): there is no bound to derive; use another "
                 "posterior, for example DiagonalNormal."

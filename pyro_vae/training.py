@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.checkpoints import load_state, read_bytes, read_settings, save_model, save_state, write_atomically
-from pyro_vae.contracts import check_support, check_vae, untouched
+from pyro_vae.contracts import untouched
 from pyro_vae.discrete import enumerated_terms, is_enumerated
+from pyro_vae.dry_run import check_vae
 from pyro_vae.estimates import elbo_terms
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.optimizers import torch_optimizer
@@ -35,6 +36,7 @@ from pyro_vae.parallel import Workers
 from pyro_vae.precision import TOLERANCES, Precision, check_precision, rounded, tensor_cores
 from pyro_vae.steps import Steps, how_to_step, memory_in_words
 from pyro_vae.streaming import Rows, place
+from pyro_vae.supports import check_support
 from pyro_vae.terms import Terms, collect
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

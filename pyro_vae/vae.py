@@ -3,7 +3,8 @@
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.contracts import DecoderLike, Distribution, EncoderLike, PriorLike, code
+from pyro_vae.contracts import DecoderLike, Distribution, EncoderLike, PriorLike
+from pyro_vae.supports import code
 
 
 class VAE(nn.Module):

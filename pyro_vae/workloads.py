@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from pyro_vae.compiling import CompiledStep, FastSVI
 from pyro_vae.decoders import Decoder
 from pyro_vae.encoders import DiagonalNormal
-from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import ConvPair, MlpPair, NetworkPair
 from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.optimizers import Adam
 from pyro_vae.priors import StandardNormal
+from pyro_vae.proportions import Bernoulli
 from pyro_vae.vae import VAE
 
 Run = Callable[[int], float]  # takes so many steps; the loss of the last one

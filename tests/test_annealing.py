@@ -127,6 +127,13 @@ def test_the_sandwich_contains_the_exact_value(from_encoder):
     assert fine.upper.name == "upper bound on log p(x)"
 
 
+def test_the_sandwich_says_what_it_bounds():
+    found = sandwich(linear_gaussian().as_vae(), num_examples=4, num_chains=2, num_temperatures=3, leapfrog_steps=1)
+    assert str(found).endswith("on average over draws, not for each example: n=4 examples that the model made)")
+    with pytest.raises(TypeError, match=r"found Tensor: .* for data of yours use annealed_log_evidence"):
+        sandwich(linear_gaussian().as_vae(), torch.zeros(3, E))
+
+
 def test_the_sandwich_of_a_nonlinear_model():
     vae = bits_vae()
     found = sandwich(vae, 100, C, 30, 3)

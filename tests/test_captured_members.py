@@ -16,9 +16,10 @@ import pytest
 import torch
 from pyro.infer import SVI
 from test_cross_product import ENCODERS, LIKELIHOODS, PRIORS, B, D, E, make_decoder, make_encoder, make_prior
+from torch import nn
 
-from pyro_vae import ELBO, VAE, FastSVI, StandardNormal, check_vae
-from pyro_vae.configuration import PARTS
+from pyro_vae import ELBO, IWAE, VAE, FastSVI, StandardNormal, check_vae
+from pyro_vae.parts import PARTS
 
 STEPS = int(os.environ.get("PYRO_VAE_STEPS", "4"))
 BACKEND = os.environ.get("PYRO_VAE_BACKEND", "replay")
@@ -78,9 +79,12 @@ def steps(svi_class, build, **settings):
     torch.manual_seed(3)
     svi = svi_class(model, guide, pyro.optim.Adam({"lr": 1e-3}), objective, **settings)
     losses = [svi.step(*args) for _ in range(STEPS)]
+    owner = getattr(model, "__self__", None)
+    kept = dict(owner.named_buffers()) if isinstance(owner, nn.Module) else {}  # a running scale, say
     # TraceTailAdaptive_ELBO has gradients only; Pyro gives inf for its value.
     assert isinstance(objective, pyro.infer.TraceTailAdaptive_ELBO) or torch.tensor(losses).isfinite().all()
-    return losses, {name: p.detach().clone() for name, p in pyro.get_param_store().items()}, svi
+    kept |= dict(pyro.get_param_store().items())
+    return losses, {name: value.detach().clone() for name, value in kept.items()}, svi
 
 
 def assert_equal_to_eager(name, build, table=STAYS_EAGER):
@@ -100,13 +104,13 @@ def assert_equal_to_eager(name, build, table=STAYS_EAGER):
         torch.testing.assert_close(ours[key], parameters[key], rtol=1e-6, atol=1e-8, msg=key)
 
 
-def vae_of(prior=StandardNormal, likelihood="Bernoulli", encoder="DiagonalNormal"):
+def vae_of(prior=StandardNormal, likelihood="Bernoulli", encoder="DiagonalNormal", num_particles=1):
     posterior = make_encoder(ENCODERS[encoder])
     vae = VAE(make_prior(prior, posterior), make_decoder(LIKELIHOODS[likelihood]), posterior)
     x = make_data(likelihood)
     with torch.no_grad(), pyro.validation_enabled(False):
         q = posterior(x)
-    objective = ELBO() if q.has_rsample else pyro.infer.TraceGraph_ELBO()
+    objective = ELBO(num_particles) if q.has_rsample else pyro.infer.TraceGraph_ELBO()
     return vae.to(torch.float64).model, vae.guide, objective, (x,)
 
 
@@ -121,7 +125,11 @@ def test_objectives(float64, name):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_likelihoods(float64, name):
-    assert_equal_to_eager(name, lambda: vae_of(likelihood=name))
+    def build():
+        model, guide, _, args = vae_of(likelihood=name)
+        return model, guide, IWAE(3), args
+
+    assert_equal_to_eager(name, build)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -134,7 +142,7 @@ def test_encoders(float64, name):
             break
         except ValueError:
             continue
-    assert_equal_to_eager(name, lambda: vae_of(prior, "Normal", name))
+    assert_equal_to_eager(name, lambda: vae_of(prior, "Normal", name, num_particles=3))
 
 
 @pytest.mark.parametrize("name", PRIORS)

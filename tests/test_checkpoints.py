@@ -1,5 +1,6 @@
 """Files appear whole or not at all; nothing is unpickled; what does not fit is refused and changes nothing."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, Mlp, OverBatch, StandardNormal, VampPrior, fit
-from pyro_vae.checkpoints import load_model, remove_leftovers, save_model, write_atomically
+from pyro_vae.checkpoints import alone_in, load_model, remove_leftovers, save_model, write_atomically
 
 
 def make_vae(hidden=5, vamp=False):
@@ -71,6 +72,38 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_names_the_file_that_was_wanted(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "model.safetensors", "new")
+    assert caught.value.filename == str(tmp_path / "model.safetensors") and not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(dir, prefix):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{dir}/{prefix}ab12cd34")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "x.csv", "new")
+    assert caught.value.filename == str(tmp_path / "x.csv")
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    folder = tmp_path / "run"
+    with alone_in(folder):
+        with (
+            pytest.raises(ValueError, match=r"expected no other process that trains in .*run, found one: wait"),
+            alone_in(folder),
+        ):
+            pass
+        with alone_in(tmp_path / "another"):
+            pass
+    with alone_in(folder):
+        assert not list(folder.iterdir())
 
 
 def test_new_files_have_the_usual_permissions(tmp_path):

@@ -15,8 +15,11 @@ import yaml
 from PIL import Image
 
 import pyro_vae
+from pyro_vae import runs
+from pyro_vae.arguments import plain
+from pyro_vae.checkpoints import alone_in
 from pyro_vae.cli import COMMANDS, main
-from pyro_vae.configuration import PARTS, plain
+from pyro_vae.parts import PARTS
 
 QUICK = ["--epochs", "1", "--batch_size", "512", "--eval_particles", "3", "--figures", "false"]
 
@@ -157,6 +160,40 @@ def test_classes_of_your_own(capsys):
     assert "p(z) MyPrior" in capsys.readouterr().out
 
 
+def test_a_likelihood_of_your_own_with_two_outputs_for_each_number(capsys):
+    text = """
+        import torch
+        from pyro.distributions import Laplace
+
+        class Wide(torch.nn.Module):
+            num_outputs = 2
+
+            def __init__(self, event_dim: int = 1):
+                super().__init__()
+                self.event_dim = event_dim
+
+            def forward(self, h):
+                loc, log_scale = h.chunk(2, -self.event_dim)
+                return Laplace(loc, log_scale.exp()).to_event(self.event_dim)
+
+        class Broken(Wide):
+            def forward(self, h):
+                return Laplace(loc, 1.0)
+
+        class Odd(Wide):
+            def forward(self, h):
+                a, b, c = h.chunk(2, -self.event_dim)
+        """
+    Path("wide.py").write_text(textwrap.dedent(text))
+    main(["train", *QUICK, "--out", "run", "--likelihood", "wide.Wide"])
+    assert "p(x|z) Wide" in capsys.readouterr().out
+    line = refused(capsys, "train", *QUICK, "--likelihood", "wide.Odd")
+    assert f"expected 3, got 2) (in {Path('wide.py').resolve()}, line 22)" in line
+    line = refused(capsys, "train", *QUICK, "--likelihood", "wide.Broken")
+    assert f"NameError: name 'loc' is not defined (in {Path('wide.py').resolve()}, line 18)" in line
+    assert not Path("runs").exists()
+
+
 # ------------------------------------------------------------------------------------------------- other commands
 
 
@@ -244,6 +281,38 @@ def test_a_table_of_mixed_columns_with_gaps(capsys):
     main(["train", *QUICK, "--out", "yes", *words])
 
 
+def test_missing_cells_are_imputed_and_all_others_kept(capsys):
+    rng = np.random.default_rng(0)
+    rows = [
+        [f"{z:.12f}", "hot" if z > 0 else "cold", str(rng.poisson(3)), f"id{i}"]
+        for i, z in enumerate(rng.normal(size=90))
+    ]
+    gaps = [(i, j) for i in range(len(rows)) for j in range(3) if rng.random() < 0.2 and i > 4]
+    for i, j in gaps:
+        rows[i][j] = ""
+    text = "heat,word,visits,name\n" + "".join(",".join(row) + "\n" for row in rows)
+    Path("t.csv").write_text(text)
+    words = ["--data", "Table", "--data.path", "t.csv", "--data.label", "name"]
+    main(["train", *QUICK, "--epochs", "300", "--lr", "0.01", "--out", "run", *words])
+    main(["impute", "run", "--num_particles", "50"])
+    assert f"filled     {len(gaps)} of 270 cells with means, K=50" in capsys.readouterr().out
+    filled = [line.split(",") for line in Path("run/imputed.csv").read_text().splitlines()]
+    assert filled[0] == ["heat", "word", "visits", "name"] and len(filled) == 91
+    for i, (old, new) in enumerate(zip(rows, filled[1:], strict=True)):
+        assert all(new) and all(b == a for j, (a, b) in enumerate(zip(old, new, strict=True)) if (i, j) not in gaps)
+    assert {row[1] for row in filled[1:]} == {"hot", "cold"} and all(row[2].isdigit() for row in filled[1:])
+    known = [row for row, old in zip(filled[1:], rows, strict=True) if not old[1] and old[0]]
+    assert np.mean([(float(row[0]) > 0) == (row[1] == "hot") for row in known]) > 0.8  # the heat tells the word
+    vae, data = runs.load("run")
+    again = pyro_vae.impute(vae, data.test, 50, seed=1)
+    line = data.csv(again).splitlines()[1].split(",")
+    assert line[2] in {row[2] for row in filled[1:]} and not again.isnan().any()
+    main(["train", *QUICK, "--out", "digits"])
+    assert "expected a run on a table (--data Table), found Digits" in refused(capsys, "impute", "digits")
+    with pytest.raises(ValueError, match="found none in nowhere"):
+        runs.load("nowhere")
+
+
 def test_levels_train_and_report_bits_per_dimension(capsys):
     np.save("x.npy", np.random.default_rng(0).integers(0, 256, size=(40, 4, 4), dtype=np.uint8))
     data = ["--data", "ArrayFile", "--data.path", "x.npy", "--data.binarization", "levels"]
@@ -314,7 +383,7 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("fly", "unknown command 'fly': choose one of train, evaluate, sample, reconstruct, resume"),
+        ("fly", "unknown command 'fly': choose one of train, evaluate, sample, reconstruct, impute"),
         ("train --prior Nix", "unknown prior 'Nix': choose one of Bernoulli, Dirichlet, FlowPrior"),
         ("train --prior nix.Nix", "cannot import prior 'nix.Nix'"),
         ("train --prior math.pi", "expected prior 'math.pi' to be a class, found float"),
@@ -337,7 +406,25 @@ def test_grey_pixels_under_bernoulli_are_refused(real_data, capsys):
         ("train --lr 1e6 --epochs 3", "lower the learning rate (lr=1e+06"),
         ("train --out list.yaml", "expected --out to name a folder, found the file list.yaml"),
         ("train --data ArrayFile --data.path bits.npy --likelihood Normal", "x is binary"),
-        ("reconstruct nowhere --index a", "--index: found a"),
+        (
+            "reconstruct nowhere --index a",
+            "--index: expected int or list[int], found a: see pyro-vae reconstruct --help",
+        ),
+        ("reconstruct nowhere --index [1,x]", "--index: expected int or list[int], found [1, 'x']"),
+        ("tain", "unknown command 'tain' (did you mean train?): choose one of"),
+        ("train --prior mixtureofnormal", "'mixtureofnormal' (did you mean MixtureOfNormals?): choose one of"),
+        ("train --preset seed01", "found 'seed01'. (did you mean seed001?)"),
+        (
+            "train --prior MixtureOfNormals --prior.num_component 3",
+            "--prior.num_component is no argument of MixtureOfNormals (did you mean num_components?): it has num_comp",
+        ),
+        (
+            "train --prior SphereUniform --prior.radius 3",
+            "--prior.radius is no argument of SphereUniform: it has none.",
+        ),
+        ("train --objective Beta --objective.beta Lin", "--objective.beta: expected float or Schedule, found Lin: see"),
+        ("train --latentdim 3", "--latentdim 3 is no argument (did you mean --latent_dim?): see pyro-vae train --help"),
+        ("train --lr inf", "--lr: expected a finite number, found inf."),
         ("train --latent_dim 0", "--latent_dim: expected a number >= 1, found 0"),
         ("train --lr -1", "--lr: expected a number > 0, found -1"),
         ("train --prior.num_components 3", "--prior.num_components is no argument of the prior chosen"),
@@ -379,7 +466,9 @@ def test_mistakes_about_an_existing_run(trained, capsys, tmp_path):
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
-    assert "expected a file" in refused(capsys, "evaluate", damaged)
+    assert f"none: train a first epoch with pyro-vae resume {damaged}" in refused(capsys, "evaluate", damaged)
+    for nothing in (tmp_path, tmp_path / "none"):
+        assert f"found none in {nothing}: the latest there are {damaged}." in refused(capsys, "evaluate", nothing)
     (damaged / "model.safetensors").write_bytes(b"nonsense")
     assert "not a readable safetensors file" in refused(capsys, "evaluate", damaged)
 
@@ -405,6 +494,24 @@ def test_a_run_stopped_in_its_first_epoch_is_resumed_from_its_start(monkeypatch,
     assert "go on with: pyro-vae resume stopped" in capsys.readouterr().err
     main(["resume", "stopped"])
     assert Path("straight/model.safetensors").read_bytes() == Path("stopped/model.safetensors").read_bytes()
+
+
+def test_two_processes_do_not_train_in_one_folder(capsys):
+    main(["train", *QUICK, "--out", "run"])
+    with alone_in(Path("run")):
+        assert "expected no other process that trains in run" in refused(capsys, "resume", "run", "--epochs", "2")
+    with alone_in(Path("new")):
+        assert "expected no other process that trains in new" in refused(capsys, "train", *QUICK, "--out", "new")
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1 and not list(Path("new").iterdir())
+
+
+def test_a_run_whose_state_was_lost_is_not_begun_anew(capsys):
+    main(["train", *QUICK, "--out", "run"])
+    before = Path("run/model.safetensors").read_bytes()
+    Path("run/state/latest.safetensors").unlink()
+    line = refused(capsys, "resume", "run", "--epochs", "2")
+    assert "expected run/state/latest.safetensors beside run/metrics.jsonl, found none: restore it" in line
+    assert Path("run/model.safetensors").read_bytes() == before
 
 
 def test_a_run_is_not_shortened_or_changed_by_resuming(capsys):
@@ -444,10 +551,11 @@ def test_messages_made_plain():
     assert plain("something else\n  over two lines") == "something else over two lines"
 
 
-def test_as_a_module_and_with_the_exit_code(monkeypatch):
-    command = [sys.executable, "-m", "pyro_vae"]
+def test_as_a_module_and_with_the_exit_code(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip().count(".") == 2
     monkeypatch.setenv("PYTHONPATH", str(Path(pyro_vae.__file__).parents[1]))
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    assert version.stdout.strip().count(".") == 2
-    wrong = subprocess.run([*command, "evaluate", "nowhere"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pyro_vae", "evaluate", "nowhere"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1

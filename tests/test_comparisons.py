@@ -17,7 +17,8 @@ from pyro_vae.comparisons import (
     squared_error,
     structural_dissimilarity,
 )
-from pyro_vae.contracts import NO_LIKELIHOOD, check_vae
+from pyro_vae.dry_run import check_vae
+from pyro_vae.supports import NO_LIKELIHOOD
 
 K, B, D, E = 3, 5, 2, 7
 DISTANCES = [squared_error, absolute_error, huber, binary_cross_entropy, structural_dissimilarity]

@@ -11,7 +11,8 @@ from pyro import distributions as dist
 from torch import nn
 
 from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, check_vae, likelihoods
-from pyro_vae.contracts import Encoder, Likelihood, Prior, check_support, untouched
+from pyro_vae.contracts import Encoder, Likelihood, Prior, untouched
+from pyro_vae.supports import check_support
 
 K, B, D, E = 3, 5, 2, 7
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import ELBO, VAE, Bernoulli, Decoder, Mlp, Poisson, StandardNormal, check_vae, likelihoods
-from pyro_vae.configuration import PARTS
+from pyro_vae.parts import PARTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
 B, D, E = 4, 3, 5

@@ -36,7 +36,7 @@ from pyro_vae.cli import main
 from pyro_vae.derivation_report import formula, page, picture, write_derivation
 from pyro_vae.derivation_steps import STEPS, Line, kl_of_log_variance
 from pyro_vae.exact import LinearGaussian, log_evidence_by_quadrature
-from pyro_vae.plots import GREEN, VERMILION
+from pyro_vae.plot_style import GREEN, VERMILION
 from pyro_vae.trained_worlds import of_vae
 from pyro_vae.worlds import World, finite, linear_gaussian
 

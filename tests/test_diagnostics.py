@@ -10,24 +10,13 @@ from torch import nn
 
 from pyro_vae import VAE, Bernoulli, Decoder, DiagonalNormal, FullNormal, MixtureOfNormals, Mlp, StandardNormal
 from pyro_vae.diagnostics import Health, active_units, health, kl_per_dimension, rate_distortion
-from pyro_vae.estimates import Difference, Estimate, elbo_terms
+from pyro_vae.estimates import elbo_terms
 from pyro_vae.exact import LinearGaussian
+from pyro_vae.uncertainty import Difference, Estimate
 
 K, B, D, E = 3, 5, 4, 7
 EIGENVALUES = (4.0, 2.0, 1.02, 1.005)  # the first D of the data's covariance; the others are 1
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Numbers are compared, so they are doubles; one thread, for the tensors are small; an empty parameter store."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def data_of_known_covariance(rows=1000):
@@ -163,6 +152,17 @@ def test_rate_and_distortion_are_the_terms():
     torch.testing.assert_close(-rate.values - distortion.values, terms["elbo"].values)
     assert (rate.name, distortion.name, rate.policy, distortion.policy) == ("rate", "distortion", "bits", "bits")
     assert distortion.errors.equal(terms["log_px"].errors)
+
+
+def test_a_code_that_hardly_moves_is_not_called_healthy():
+    used = Difference("use of the code", torch.tensor([0.02, -0.02, 0.01, 0.03]))  # too noisy to be surely nothing
+    still = torch.zeros(5, dtype=torch.bool)
+    found = Health(Estimate("KL", torch.tensor([0.01, 0.03, 0.02, 0.016]), 1), used, still, {}, ())
+    assert found.collapsed and found.warnings[0].startswith("posterior collapse: KL = 0.0190 ± 0.0042 nats")
+    costly = Health(
+        Estimate("KL", torch.tensor([3.0, 2.0, 4.0, 3.0]), 1), Difference("", used.values + 1), still, {}, ()
+    )
+    assert not costly.collapsed and costly.warnings[0].startswith("only 0 of 5 latent dimensions are active")
 
 
 def test_a_working_model_is_healthy():

@@ -20,15 +20,17 @@ from pyro_vae import (
     StandardNormal,
     StraightThrough,
     discrete,
+    figures,
     fit,
+    image_plots,
+    latent_plots,
     likelihoods,
-    plots,
     priors,
     relaxed_priors,
-    report,
 )
 from pyro_vae.cli import main
 from pyro_vae.exact import joint_by_enumeration
+from pyro_vae.supports import is_discrete
 
 B, C, E = 5, 4, 7
 QUICK = ["--epochs", "1", "--batch_size", "512", "--eval_particles", "3", "--networks.hidden", "[11]"]
@@ -226,23 +228,23 @@ def test_mistakes_are_one_line(elsewhere, capsys, words, message):
 
 def test_code_usage_counts():
     codes, labels = torch.tensor([0, 2, 2, 2, 1]), torch.tensor([0, 1, 1, 0, 1])
-    ax = plots.code_usage(codes, ["a", "b", "c"], labels, ["cat", "dog"])
+    ax = latent_plots.code_usage(codes, ["a", "b", "c"], labels, ["cat", "dog"])
     heights = [[bar.get_height() for bar in container] for container in ax.containers]
     assert heights == [[1, 0, 1], [0, 1, 2]]
     assert [bar.get_y() for bar in ax.containers[1]] == [1, 0, 1]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["a", "b", "c"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cat", "dog"]
-    (only,) = plots.code_usage(codes, ["a", "b", "c"]).containers
+    (only,) = latent_plots.code_usage(codes, ["a", "b", "c"]).containers
     assert [bar.get_height() for bar in only] == [1, 1, 3]
 
 
 def test_code_pictures_are_named():
-    ax = plots.code_pictures(torch.rand(13, 4, 3), [f"${i}" for i in range(13)])
+    ax = image_plots.code_pictures(torch.rand(13, 4, 3), [f"${i}" for i in range(13)])
     assert [text.get_text() for text in ax.texts] == [rf"\${i}" for i in range(13)]
     across, down = zip(*(text.get_position() for text in ax.texts), strict=True)
     assert len(set(down)) == 2 and across[0] == across[10] and across[1] > across[0] and down[10] > down[0]
     with pytest.raises(ValueError, match="names has 2 entries, expected 13"):
-        plots.code_pictures(torch.rand(13, 4, 3), ["a", "b"])
+        image_plots.code_pictures(torch.rand(13, 4, 3), ["a", "b"])
 
 
 class Pictures:
@@ -264,14 +266,14 @@ class Flat(nn.Sequential):
 @pytest.mark.parametrize(("family", "prior", "dim"), [("OneHotCategorical",) * 2 + (C,), ("Bernoulli",) * 2 + (8,)])
 def test_figures_of_a_discrete_code(tmp_path, monkeypatch, family, prior, dim, labels):
     seen = {}
-    monkeypatch.setattr(report.plots, "code_usage", lambda *args: seen.update(usage=args) or plots_usage(*args))
-    monkeypatch.setattr(report.plots, "code_pictures", lambda *args: seen.update(shown=args) or plots_pictures(*args))
+    monkeypatch.setattr(latent_plots, "code_usage", lambda *args: seen.update(usage=args) or draw_usage(*args))
+    monkeypatch.setattr(image_plots, "code_pictures", lambda *args: seen.update(shown=args) or draw_codes(*args))
     encoder = getattr(discrete, family)(nn.Sequential(nn.Flatten(-2), nn.Linear(12, dim)))
     vae = VAE(getattr(priors, prior)(dim), Decoder(Flat(dim), likelihoods.Bernoulli(event_dim=2)), encoder)
     data = Pictures(labels=labels)
     with torch.no_grad():
         encoder.net[1].weight.mul_(30)
-    files = report.write_figures(vae, data, {}, tmp_path)
+    files = figures.write_figures(vae, data, {}, tmp_path)
     assert [file.stem for file in files] == ["reconstructions", "samples", "codes"]
     index, names = seen["usage"][:2]
     pictures = seen["shown"][0]
@@ -292,13 +294,13 @@ def test_figures_of_a_discrete_code(tmp_path, monkeypatch, family, prior, dim, l
     assert (seen["usage"][2] is not None) == labels
 
 
-plots_usage, plots_pictures = plots.code_usage, plots.code_pictures
+draw_usage, draw_codes = latent_plots.code_usage, image_plots.code_pictures
 
 
 def test_only_the_most_frequent_codes_are_shown():
     z = torch.eye(64)[torch.arange(100) % 64].flip(1)
     z[:, 0] = 1  # no longer one-hot
-    codes, names, index = report._codes(z)
+    codes, names, index = figures._codes(z)
     assert len(codes) == len(names) == 40 and index.max() == 40
     assert torch.bincount(index)[:-1].min() >= 1
 
@@ -316,4 +318,4 @@ def test_a_distribution_that_does_not_say_its_support_counts_as_continuous():
         def support(self):
             raise NotImplementedError
 
-    assert not report.is_discrete(Silent(0.0, 1.0))
+    assert not is_discrete(Silent(0.0, 1.0))

@@ -1,7 +1,6 @@
 """Estimates: right on average, with the standard error they claim, counted exactly, and leaving no trace."""
 
 import itertools
-import json
 import math
 import types
 from pathlib import Path
@@ -15,12 +14,12 @@ from torch import nn
 
 import pyro_vae.estimates
 import pyro_vae.passes
+import pyro_vae.uncertainty
 from pyro_vae import (
     VAE,
     Bernoulli,
     Decoder,
     DiagonalNormal,
-    Estimate,
     Mlp,
     StandardNormal,
     draw,
@@ -30,23 +29,11 @@ from pyro_vae import (
     log_evidence,
     tails,
 )
-from pyro_vae.estimates import elbo_and_log_evidence, log_weights, paired_difference
+from pyro_vae.estimates import elbo_and_log_evidence, log_weights
 from pyro_vae.exact import LinearGaussian
 
 K, B, D, E = 3, 5, 2, 7
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Numbers are compared, so they are doubles; one thread, for the tensors are small; an empty parameter store."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def linear_gaussian():
@@ -190,36 +177,6 @@ def test_single_precision_models_are_summed_in_double():
 
 
 # --------------------------------------------------------------------------------------------------- the number
-
-
-def test_standard_error_and_text():
-    estimate = Estimate("ELBO", torch.tensor([-80.0, -84.0, -88.0, -92.0]), 5000, "static binarisation")
-    assert estimate.mean == -86
-    assert estimate.standard_error == pytest.approx(math.sqrt(80 / 3) / 2)
-    assert str(estimate) == "-86.0 ± 2.6 nats per example (K=5000, n=4)"
-    assert estimate.summary() == {
-        "name": "ELBO",
-        "mean": -86.0,
-        "standard_error": estimate.standard_error,
-        "num_particles": 5000,
-        "num_examples": 4,
-        "units": "nats per example",
-        "policy": "static binarisation",
-    }, "what is unknown is left out"
-    assert json.loads(json.dumps(estimate.summary()))["num_examples"] == 4
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        ([-84.0, -84.6], "-84.30 ± 0.30"),
-        ([-840.0, -960.0], "-900 ± 60"),
-        ([-84.0, -84.004], "-84.0020 ± 0.0020"),
-        ([-84.0, -84.0], "-84.00 ± 0.00"),
-    ],
-)
-def test_text_shows_two_digits_of_the_error(values, text):
-    assert str(Estimate("ELBO", torch.tensor(values), 3)).startswith(text + " nats per example (K=3, n=")
 
 
 def test_both_from_the_same_draws(monkeypatch):
@@ -431,62 +388,6 @@ def test_a_guide_of_a_subclass_is_used():
     assert log_evidence(wide, data(B), 50).effective_sample_size.max() < 40
 
 
-def test_bits_per_dim():
-    estimate = Estimate("log p(x)", torch.tensor([-10.0, -14.0]), 5, "levels", torch.tensor([0.3, 0.4]))
-    bits = estimate.bits_per_dim(4)
-    torch.testing.assert_close(bits.values, torch.tensor([10.0, 14.0]) / (4 * math.log(2)))
-    assert bits.mean == pytest.approx(3 / math.log(2)) and bits.units == "bits per dimension"
-    assert bits.standard_error == pytest.approx(estimate.standard_error / (4 * math.log(2)))
-    assert bits.monte_carlo_error == pytest.approx(0.25 / (4 * math.log(2)))
-    assert "bits per dimension" in str(bits) and bits.policy == "levels"
-    with pytest.raises(ValueError, match="expected nats and num_dims >= 1, found bits per dimension"):
-        bits.bits_per_dim(4)
-
-
-def test_paired_differences():
-    """The spread that two models share cancels: here all of it but 0.1."""
-    generator = torch.Generator().manual_seed(0)
-    shared, noise = torch.randn(2, 400, generator=generator)
-    a = Estimate("log p(x)", -80 + 10 * shared, 100, "static")
-    b = Estimate("log p(x)", -80 + 10 * shared - 0.02 + 0.1 * noise, 100, "static")
-    found = paired_difference(a, b)
-    assert found.standard_error == pytest.approx(0.1 / 20, rel=0.1)
-    assert abs(found.mean - 0.02) < 4 * found.standard_error
-    assert a.standard_error > 50 * found.standard_error
-    assert str(found).endswith("nats (paired, n=400)")
-
-
-def test_bounds_of_different_k_are_not_compared():
-    def evidence(num_particles, **settings):
-        return Estimate("log p(x)", torch.zeros(3), num_particles, **settings)
-
-    for a, b in ((evidence(50), evidence(5000)), (evidence(50).bits_per_dim(7), evidence(60).bits_per_dim(7))):
-        with pytest.raises(
-            ValueError, match=r"expected equal num_particles, found 50 and \d+: -?log p\(x\) is a bound"
-        ):
-            paired_difference(a, b)
-    annealed = evidence(16, method="AIS: 16 chains")
-    for other in (evidence(0), annealed, evidence(50), Estimate("ELBO", torch.zeros(3), 1)):
-        paired_difference(evidence(50), other)
-    paired_difference(Estimate("ELBO", torch.zeros(3), 1), Estimate("ELBO", torch.zeros(3), 100))
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (Estimate("ELBO", torch.zeros(3), 1, "dynamic"), "expected equal data policies, found 'static' and 'dynamic'"),
-        (Estimate("ELBO", torch.zeros(4), 1, "static"), "expected equal numbers of examples, found 3 and 4"),
-        (
-            Estimate("ELBO", torch.zeros(3), 1, "static", units="bits per dimension"),
-            "expected equal units, found 'nats' and 'bits per dimension'",
-        ),
-    ],
-)
-def test_numbers_about_different_data_are_not_compared(other, message):
-    with pytest.raises(ValueError, match=message):
-        paired_difference(Estimate("ELBO", torch.zeros(3), 1, "static"), other)
-
-
 # ----------------------------------------------------------------------------------------------------- refusals
 
 
@@ -576,7 +477,9 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("line, mutant", MUTATIONS, ids=range(len(MUTATIONS)))
 def test_a_mutation_turns_the_core_red(line, mutant):
-    source = Path(pyro_vae.estimates.__file__).read_text(encoding="utf-8")
+    paths = [Path(module.__file__) for module in (pyro_vae.uncertainty, pyro_vae.estimates)]
+    source = "".join(path.read_text(encoding="utf-8") for path in paths)  # as one module: the mutant calls itself
+    source = source.replace("from pyro_vae.uncertainty import Estimate\n", "")
     assert source.count(line) == 1, f"the mutated line moved: {line}"
     module = types.ModuleType("mutated_estimates")
     exec(compile(source.replace(line, mutant), "mutated_estimates.py", "exec"), module.__dict__)
@@ -591,10 +494,6 @@ def test_a_point_mass_gives_no_evidence():
     for estimate in (log_evidence, elbo_and_log_evidence):
         with pytest.raises(ValueError, match=r"found a point mass \(Delta\): log p\(x\) cannot be estimated"):
             estimate(vae, x, num_particles=3)
-
-
-def test_one_example_has_no_standard_error():
-    assert str(Estimate("ELBO", torch.tensor([-84.0]), 3)) == "-84.00 nats (K=3, one example: no standard error)"
 
 
 @pytest.mark.parametrize("estimate", [log_evidence, elbo_terms])

@@ -222,11 +222,12 @@ def test_fit_moves_every_parameter(family, objective):
     assert math.isfinite(log_evidence(vae, x[:B], num_particles=10).mean)
 
 
-CAPTURED = [*FLOWS, LowRankNormal, encoders.Laplace, encoders.MixtureOfNormals, encoders.Delta]
+# Single precision: test_captured_members.py captures every member in double, but not the autoregressive splines.
+CAPTURED = [PlanarFlow, AutoregressiveFlow, SplineFlow, HouseholderFlow, LowRankNormal, encoders.MixtureOfNormals]
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [(f, (torch.float32, torch.float64)[i % 2]) for i, f in enumerate(CAPTURED)]
+    ("family", "dtype"), [*((f, torch.float32) for f in CAPTURED), (AutoregressiveSplineFlow, torch.float64)]
 )
 def test_a_step_can_be_captured(family, dtype):
     """One graph, without branches on values, that gives what the eager step gives."""
@@ -255,36 +256,67 @@ def correlated():
     return LinearGaussian(weight, torch.zeros(4), scale=0.5)
 
 
+def correlated_world():
+    """It, data of it, its decoder, and the weights of the exact posterior's mean."""
+    exact = correlated()
+    x = torch.randn(64, D) @ exact.weight.T + exact.scale * torch.randn(64, 4)
+    decoder = Decoder(nn.Linear(D, 4), Normal(exact.scale, learn_scale=False))
+    with torch.no_grad():
+        decoder.net.weight.copy_(exact.weight)
+        decoder.net.bias.zero_()
+    return exact, x, decoder.requires_grad_(False), exact.posterior(torch.eye(4)).mean.T
+
+
+def start_at_the_best_diagonal(net, mean, exact):
+    """Mean and scale of the best posterior that has no correlation: 1 / scale^2 is the precision's diagonal."""
+    precision = torch.linalg.inv(exact.posterior(torch.zeros(1, 4)).covariance_matrix[0])
+    with torch.no_grad():
+        net.weight[:D], net.bias[:D] = mean, 0.0
+        net.weight[D:] *= 0.1
+        net.bias[D : 2 * D] = -0.5 * precision.diagonal().log()
+
+
+def elbo_of(vae, x):
+    with torch.no_grad():
+        return ELBO(200).bound(vae.model, vae.guide, x).mean().item()
+
+
+def test_the_best_diagonal_normal_on_a_correlated_posterior(float64):
+    """The gap in closed form that the flows are to close."""
+    exact, x, decoder, mean = correlated_world()
+    net = nn.Linear(4, 2 * D)
+    start_at_the_best_diagonal(net, mean, exact)
+    net.weight.data[D:] = 0.0
+    with torch.no_grad():
+        vae = VAE(StandardNormal(D), decoder, DiagonalNormal(net))
+        drawn = ELBO(1).bound(vae.model, vae.guide, x.repeat(500, 1)).reshape(500, 64).mean(1)
+    error = drawn.std() / math.sqrt(len(drawn))
+    assert error < 0.02 and abs(drawn.mean() - exact.log_evidence(x).mean() + exact.diagonal_gap()) < 4 * error
+
+
 @pytest.mark.parametrize(
     "family", [LowRankNormal, PlanarFlow, AutoregressiveFlow, CouplingFlow, HouseholderFlow, SylvesterFlow]
 )
 def test_beats_the_diagonal_normal_on_a_correlated_posterior(float64, family):
-    exact = correlated()
-    x = torch.randn(64, D) @ exact.weight.T + exact.scale * torch.randn(64, 4)
-    likelihood = Normal(exact.scale, learn_scale=False)
-    decoder = Decoder(nn.Linear(D, 4), likelihood)
-    with torch.no_grad():
-        decoder.net.weight.copy_(exact.weight)
-        decoder.net.bias.zero_()
-    decoder.requires_grad_(False)
-
-    def trained(encoder):
-        torch.manual_seed(0)
-        vae = VAE(StandardNormal(D), decoder, encoder)
-        fit(vae, x, objective=ELBO(4), epochs=150, batch_size=64, lr=0.03)
-        with torch.no_grad():
-            return ELBO(200).bound(vae.model, vae.guide, x).mean().item()
-
-    counted = {PlanarFlow: 4, HouseholderFlow: 3, SylvesterFlow: 2}
+    """Trained from there, it closes more than half of the gap of the best diagonal normal, and exceeds no evidence."""
+    exact, x, decoder, mean = correlated_world()
+    counted = {PlanarFlow: 4, HouseholderFlow: 1, SylvesterFlow: 4}
     options = {"num_transforms": counted[family]} if family in counted else {"context_dim": 4}
     options = {} if family is LowRankNormal else options
     sizes = {} if family is LowRankNormal else {"latent_dim": D}
     net = nn.Linear(4, family.num_outputs(D, **options))
-    diagonal = trained(DiagonalNormal(nn.Linear(4, 2 * D)))
-    richer = trained(family(net, **sizes, **options))
+    encoder = family(net, **sizes, **options)
+    if family is HouseholderFlow:  # its mean is reflected, too
+        with torch.no_grad():
+            net.weight[2 * D :] = 0.0
+            (v,) = encoder(x).maps[0].normals
+            mean = mean - 2 * torch.outer(v[0], v[0]) @ mean
+    start_at_the_best_diagonal(net, mean, exact)
+    vae = VAE(StandardNormal(D), decoder, encoder)
+    settings = {"epochs": 150, "lr": 0.05} if family is SylvesterFlow else {"epochs": 100, "lr": 0.03}
+    fit(vae, x, objective=ELBO(4), batch_size=64, **settings)
     best = exact.log_evidence(x).mean().item()
-    assert diagonal < best - 0.9 * exact.diagonal_gap()
-    assert diagonal + 0.5 * exact.diagonal_gap() < richer < best + 0.02
+    assert best - 0.5 * exact.diagonal_gap() < elbo_of(vae, x) < best + 0.02
 
 
 @pytest.mark.parametrize("latent_dim", [1, 3, 6])

@@ -1,6 +1,9 @@
 """Likelihoods: closed forms, output_bias, state, missing numbers, and what a learned scale learns."""
 
+import importlib
+import inspect
 import math
+import pkgutil
 
 import pytest
 import torch
@@ -10,8 +13,11 @@ from scipy import stats
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+import pyro_vae
 from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, elbo, fit, likelihoods
-from pyro_vae.contracts import Likelihood, check_support
+from pyro_vae.contracts import Likelihood
+from pyro_vae.parts import import_class
+from pyro_vae.supports import check_support
 from pyro_vae.testing import check_likelihood
 
 K, B, E = 3, 5, 7
@@ -460,3 +466,13 @@ def test_log_normal_against_scipy(float64):
     likelihood = likelihoods.LogNormal()
     p = likelihood(likelihood.output_bias(data.mean(0), data.std(0)))
     torch.testing.assert_close(p.stddev, data.std(0))
+
+
+def test_every_likelihood_of_the_package_has_its_name_here():
+    names = [module.name for module in pkgutil.iter_modules(pyro_vae.__path__) if module.name != "__main__"]
+    values = [item for name in names for item in vars(importlib.import_module(f"pyro_vae.{name}")).items()]
+    classes = {name: value for name, value in values if inspect.isclass(value) and issubclass(value, Likelihood)}
+    found = {name for name, value in classes.items() if not inspect.isabstract(value) and not name.startswith("_")}
+    assert found == set(likelihoods.__all__)
+    for name in found:  # the path that runs saved before the modules were split name
+        assert import_class(f"pyro_vae.likelihoods.{name}", "likelihood") is classes[name]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, fit, likelihoods, log_evidence
-from pyro_vae.contracts import check_vae, mean_and_scale
+from pyro_vae.contracts import mean_and_scale
+from pyro_vae.dry_run import check_vae
 from pyro_vae.exact import LinearGaussian
 from pyro_vae.missing import FillMissing, impute
 from pyro_vae.tables import MixedColumns, Nominal

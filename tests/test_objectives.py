@@ -39,19 +39,7 @@ from pyro_vae.exact import LinearGaussian
 from pyro_vae.terms import Terms, collect
 
 K, B, D, E = 3, 5, 2, 7
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Numbers are compared, so they are doubles; one thread, for the tensors are small; an empty parameter store."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # ---------------------------------------------------------------------------------------------------- programs

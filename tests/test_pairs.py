@@ -23,10 +23,10 @@ from pyro_vae import (
 )
 from pyro_vae.cli import main
 from pyro_vae.compiling import CompiledStep
-from pyro_vae.configuration import PARTS
 from pyro_vae.initialization import set_output_bias
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.pairs import ResidualBlock
+from pyro_vae.parts import PARTS
 
 K, B, D, E = 3, 5, 2, 7
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from pyro_vae import presets
 from pyro_vae.architecture import layers
+from pyro_vae.arguments import load_config
 from pyro_vae.cli import _parse, main, train
-from pyro_vae.configuration import build, load_config
+from pyro_vae.configuration import build
 from pyro_vae.encoders import Delta
 from pyro_vae.objectives import ELBO, Beta
 

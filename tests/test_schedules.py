@@ -26,10 +26,12 @@ from pyro_vae import (
     StandardNormal,
     fit,
 )
+from pyro_vae.arguments import dump, train_parser
 from pyro_vae.capture import has_compiler
 from pyro_vae.cli import train
 from pyro_vae.compiling import CompiledStep
-from pyro_vae.configuration import class_names, dump, import_class, make, train_parser
+from pyro_vae.configuration import make
+from pyro_vae.parts import class_names, import_class
 from pyro_vae.schedules import Schedule, check_weight
 from pyro_vae.training import _gradients_of
 

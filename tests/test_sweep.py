@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyro_vae.cli import main
-from pyro_vae.configuration import UsageError
+from pyro_vae.parts import UsageError
 from pyro_vae.sweep import Cell, Run, collect, plan
 
 QUICK = ["--epochs", "2", "--batch_size", "512", "--eval_particles", "3", "--figures", "false"]
@@ -110,6 +110,19 @@ def test_the_table_has_means_errors_and_paired_differences():
     assert not list(Path("out").glob("*.png"))
     written = {path.name for path in found.write(Path("out"))}
     assert written == {"table.md", "sweep.json", "sweep.png", "rate_distortion.png"}
+
+
+def test_the_table_says_how_many_draws_are_behind_log_evidence_and_if_they_are_enough():
+    runs = runs_of({"1": {0: -10.0, 1: -20.0}, "4": {0: -12.0, 1: -22.1}})
+    for run, untrusted in zip(runs, (None, 3, 5, None), strict=True):
+        file = run.folder / "evaluation.json"
+        content = json.loads(file.read_text())
+        estimate = {**content["estimates"][0], "name": "log p(x)", "num_particles": 30, "num_examples": 9}
+        content["estimates"].append(estimate | ({"untrusted_examples": untrusted} if untrusted else {}))
+        file.write_text(json.dumps(content))
+    found = collect(runs, {})
+    line = "IWAE bound, from below, K=30; K too small for up to 5 of 9 examples of a run"
+    assert f"- log p(x): {line}\n" in found.markdown() and found.summary()["draws"] == [line]
 
 
 def test_numbers_about_different_data_are_not_compared():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pyro_vae import VAE, Decoder, DiagonalNormal, Mlp, StandardNormal, counts, fit, likelihoods
-from pyro_vae.contracts import check_support
+from pyro_vae.supports import check_support
 from pyro_vae.tables import Categories, ColumnInputs, Columns, MixedColumns, Nominal
 from pyro_vae.testing import check_likelihood
 

@@ -11,12 +11,10 @@ from matplotlib.image import imread
 
 from pyro_vae import datasets, fit
 from pyro_vae.cli import main
-from pyro_vae.estimates import with_error
+from pyro_vae.uncertainty import with_error
 from pyro_vae.wrong_loss_lab import (
     OBJECTIVES,
     RIGHT,
-    draw_figures,
-    draw_three_panels,
     energy_distance,
     explanations,
     grey_pictures,
@@ -25,6 +23,7 @@ from pyro_vae.wrong_loss_lab import (
     run,
     table,
 )
+from pyro_vae.wrong_loss_plots import draw_figures, draw_three_panels
 from pyro_vae.wrong_losses import LOSSES, SummedSquares
 
 

@@ -12,6 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae import ELBO, IWAE, VAE, Beta, Decoder, DiagonalNormal, FullNormal, Mlp, StandardNormal, fit, likelihoods
 from pyro_vae.objectives import Objective
+from pyro_vae.printed_loss import PrintedLoss
 from pyro_vae.wrong_losses import (
     LOSSES,
     AveragedKL,
@@ -20,7 +21,6 @@ from pyro_vae.wrong_losses import (
     HalvedCrossEntropy,
     LostHalf,
     MeanSquares,
-    PrintedLoss,
     SummedSquares,
     SwappedCrossEntropy,
     conventions,

@@ -9,7 +9,7 @@ ones compiled.
 import torch
 
 from pyro_vae import VAE, Binomial, Decoder, DiagonalNormal, Estimate, Mlp, StandardNormal, datasets, elbo, fit
-from pyro_vae.estimates import with_error
+from pyro_vae.uncertainty import with_error
 
 SEEDS = range(200, 210)
 
