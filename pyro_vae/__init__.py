@@ -41,8 +41,8 @@ from pyro_vae.importance import CIWAE, MIWAE, Renyi, ThermodynamicVariational
 from pyro_vae.gradients import PIWAE, VIMCO, DReG, ScoreFunction, StickingTheLanding
 from pyro_vae.regularized import BalancedKL, Capacity, FreeBits
 from pyro_vae.aggregate_objectives import DIP, WAE, BetaTC, InfoVAE
-from pyro_vae.compiling import FastSVI
 from pyro_vae.estimates import elbo, elbo_and_log_evidence, elbo_terms, log_evidence
+from pyro_vae.fast_svi import FastSVI
 from pyro_vae.uncertainty import Estimate, paired_difference
 from pyro_vae.annealing import annealed_log_evidence, sandwich
 from pyro_vae.ledger import Ledger, ledger

@@ -230,7 +230,7 @@ def comparison(
     labels = {name: floor if name == "floor" else name for name in names}
     width = max(24, *(len(label) + 3 for label in labels.values()))
     built = any("build" in result for result in results.values())
-    lines = [f"  {'':{width}}{unit:>9}{f'{against} (quartiles)':>34}{'by CPU time':>14}{'build s' * built:>10}"]
+    lines = [f"  {'':{width}}{unit:>9}{f'{against} (quartiles)':>36}{'by CPU time':>14}{'build s' * built:>10}"]
     for name in names:
         if "skipped" in results.get(name, {}):
             lines.append(f"  {labels[name]:{width}}not run: {results[name]['skipped']}")
@@ -240,12 +240,12 @@ def comparison(
         low, middle, high = (format(value, digits) for value in wall[name])
         build = f"{parts[0]['build']:.1f}" if "build" in parts[0] else ""
         spread = f"{middle} ({low} to {high})"
-        lines.append(f"  {labels[name]:{width}}{median:9.3g}{spread:>34}{format(cpu[name][1], digits):>14}{build:>10}")
+        lines.append(f"  {labels[name]:{width}}{median:9.3g}{spread:>36}{format(cpu[name][1], digits):>14}{build:>10}")
     return {"ratios": wall, "ratios_by_cpu_time": cpu, "times": results}, lines
 
 
 def speed_bars(found: dict[str, dict[str, tuple[float, float, float]]], ax: Axes | None = None) -> Axes:
-    """Each workload's ways as bars: how many times as fast as stock SVI, quartiles as whiskers, the floor as a line.
+    """Each workload's ways as bars, how many times as fast as stock SVI: quartiles as whiskers, the floor dashed.
 
     Args:
         found: workload -> what :func:`ratios` gave.
@@ -254,17 +254,18 @@ def speed_bars(found: dict[str, dict[str, tuple[float, float, float]]], ax: Axes
     Returns:
         The axes.
     """
-    ways = [name for name in WAYS if any(name in r for r in found.values())]
+    ways = [name for name in WAYS if name != "stock SVI" and any(name in r for r in found.values())]
     if ax is None:
         ax = Figure(figsize=(1.6 + 1.5 * len(found), 4.2), layout="constrained").add_subplot()
-    colours = ["0.75", "#E69F00", "#56B4E9", VERMILION, "#CC79A7", BLUE, "#009E73"]
+    colours = ["black", "#E69F00", "#56B4E9", VERMILION, "#CC79A7", BLUE, "#0B3C5D", "#009E73"]
     width = 0.8 / len(ways)
     for j, way in enumerate(ways):
         places = [(i, r[way]) for i, r in enumerate(found.values()) if way in r]
         x = [i - 0.4 + (j + 0.5) * width for i, _ in places]
         low, middle, high = (np.array([r[k] for _, r in places]) for k in range(3))
         colour = colours[list(WAYS).index(way)]
-        ax.bar(x, middle, width, color=colour, label=way, yerr=(middle - low, high - middle), ecolor=GREY)
+        whiskers: dict[str, Any] = {"yerr": (middle - low, high - middle), "ecolor": GREY}
+        ax.bar(x, middle - 1, width, bottom=1, color=colour, label=way, **whiskers)
     for i, r in enumerate(found.values()):
         label = "matrix products and Adam alone" if i == 0 else None
         ax.plot([i - 0.45, i + 0.45], [r["floor"][1]] * 2, color="black", ls=(0, (4, 2)), lw=1.4, label=label)
@@ -272,7 +273,9 @@ def speed_bars(found: dict[str, dict[str, tuple[float, float, float]]], ax: Axes
     if max(values) > 8:
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_xticks(range(len(found)), list(found))
+    ax.axhline(1, color="black", lw=0.8)
+    sizes = {name: WORKLOADS[name].describe().replace(", ", "\n").replace(" ", "\n") for name in found}
+    ax.set_xticks(range(len(found)), [f"{name}\n{size}" for name, size in sizes.items()], fontsize="small")
     ax.set_ylabel("steps a second, stock pyro.infer.SVI = 1")
     ax.grid(axis="y", color="0.9")
     ax.set_axisbelow(True)
@@ -290,7 +293,6 @@ def bench(
     threads: int | None,
     on_result: Callable[[str], None],
     further: Mapping[str, Further],
-    keep_memory: bool = False,
 ) -> dict[str, Any]:
     """Measure several workloads; the number of threads and the processors of this process are put back.
 
@@ -301,7 +303,6 @@ def bench(
         threads: threads of torch; None: as they are; 1: on one processor, so that JAX has one too.
         on_result: called with each workload's table.
         further: what is no training step and measures itself.
-        keep_memory: all ways with :func:`pyro_vae.memory.keep_freed_memory`, which stays on.
 
     Returns:
         Machine, and for each workload its sizes, times and ratios: what ``pyro-vae bench --json`` prints.
@@ -314,7 +315,7 @@ def bench(
     if threads == 1 and processors is not None:
         os.sched_setaffinity(0, {max(processors)})
     try:
-        kept = keep_memory and keep_freed_memory()
+        kept = keep_freed_memory()  # compiled steps do this, for all ways that run beside them
         result: dict[str, Any] = {"machine": machine() | {"freed_memory_kept": kept}, "repeats": repeats}
         result["workloads"] = {}
         for name in names:

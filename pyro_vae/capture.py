@@ -11,7 +11,7 @@ import shutil
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae.traceable import PlainDraws, dense_enumeration
@@ -32,8 +33,39 @@ _OPTIONS: dict[str, Any] = {"fallback_random": True, "layout_optimization": Fals
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
+_is_recording = False
+
+
+_MACHINERY = ("capture.py", "compiling.py", "programs.py", "fast_svi.py", "optimizers.py", "traceable.py")
+
+
 class NotCapturable(Exception):
     """A step that cannot become one graph; the message says which operation or difference is in the way."""
+
+
+class Differs(NotCapturable):
+    """A graph gives other numbers than the program that it was recorded from."""
+
+
+def agreement(
+    compare: Callable[[Callable[[], None]], float], go_to: Callable[[int], None], places: Sequence[int]
+) -> float:
+    """The error at the first of several places where a graph and its program agree.
+
+    A kink may lie between the two at one place (a ReLU's input of about 0, of either sign by rounding); what is wrong
+    in earnest is wrong at all of them.
+
+    Args:
+        compare: something that goes to a place -> relative difference there; raises ``Differs`` where it is too large.
+        go_to: sets noise and parameters to those of a place.
+        places: numbers of the places.
+    """
+    for place in places:
+        try:
+            return compare(lambda place=place: go_to(place))  # type: ignore[misc]
+        except Differs as error:
+            found = error
+    raise found
 
 
 _MASK_INDEX = "{} gives a shape that depends on values: use torch.where instead of a mask index"
@@ -64,6 +96,8 @@ def recording() -> Iterator[None]:
     pyro.util.torch_isnan = pyro.util.torch_isinf = lambda value: False  # type: ignore[assignment]
     Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]  # of those that were made before, with validation on
     site = _LastSite()
+    global _is_recording
+    before, _is_recording = _is_recording, True
     try:
         with pyro.validation_enabled(False), _NoHostCopies(), PlainDraws(), dense_enumeration(), site:
             yield
@@ -71,7 +105,29 @@ def recording() -> Iterator[None]:
         error.__dict__.setdefault("site", site.name)
         raise
     finally:
+        _is_recording = before
         pyro.util.torch_isnan, pyro.util.torch_isinf, Distribution._validate_sample = old  # type: ignore[method-assign]
+
+
+def is_recording() -> bool:
+    """Whether a step is being recorded now: what is itself a graph gives its operations then, no compiled code."""
+    return _is_recording
+
+
+def record_graph(function: Callable[..., Any], args: Sequence[Tensor]) -> GraphModule:
+    """The tensor operations of one call on real tensors, draws included."""
+    with _one_fake_mode():
+        return make_fx(function, tracing_mode="real")(*args)
+
+
+def _one_fake_mode() -> AbstractContextManager[Any]:
+    """One fake mode (private) describes all nodes; by itself make_fx makes one for each, in twice the time."""
+    try:
+        guards, fakes = importlib.import_module("torch._guards"), importlib.import_module("torch._subclasses")
+        shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv()
+        return guards.tracing(guards.TracingContext(fakes.FakeTensorMode(shape_env=shapes)))
+    except (ImportError, AttributeError, TypeError):
+        return nullcontext()
 
 
 @contextmanager
@@ -122,7 +178,7 @@ def _is_users(filename: str) -> bool:
     """Whether a line of code is the user's, or of this library's terms, rather than the machinery's."""
     inner = [Path(module.__file__).parent for module in (torch, pyro)]  # type: ignore[arg-type]
     path = Path(filename)
-    machinery = [Path(__file__).with_name(name) for name in ("capture.py", "compiling.py", "traceable.py")]
+    machinery = [Path(__file__).with_name(name) for name in _MACHINERY]
     return not filename.startswith("<") and path not in machinery and not any(map(path.is_relative_to, inner))
 
 
@@ -183,7 +239,7 @@ def refuse_constants(
     storages = {t.untyped_storage().data_ptr() for t in known}
     output = next(node for node in module.graph.nodes if node.op == "output")
     for name, result in zip(names, output.args[0], strict=True):
-        if not isinstance(result, torch.fx.Node):
+        if not isinstance(result, Node):
             continue  # a number, the same each time
         seen, todo, frozen = {result}, [result], False
         while todo:
@@ -205,7 +261,7 @@ def refuse_constants(
                 )
 
 
-def _refuse_dynamic_shapes(node: torch.fx.Node) -> None:
+def _refuse_dynamic_shapes(node: Node) -> None:
     """Boolean indexing and its kin give another number of elements each time; a replay would be wrong."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -218,13 +274,92 @@ def _refuse_dynamic_shapes(node: torch.fx.Node) -> None:
         raise NotCapturable(_MASK_INDEX.format(target))
 
 
-def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def changed_by(node: Node) -> list[Node]:
+    """The nodes whose values an operation changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    pairs = zip(schema.arguments, node.args, strict=False)
+    changed = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
+    return [value for value in changed if isinstance(value, Node)]
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node's value shares the memory of its first input."""
+    schema = getattr(node.target, "_schema", None)
+    returns = schema.returns if schema is not None else []
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def owners(changed: list[Node]) -> set[Node]:
+    """These nodes and what they are views of."""
+    found: set[Node] = set()
+    todo = list(changed)
+    while todo:
+        node = todo.pop()
+        found.add(node)
+        if is_view(node) or changed_by(node):
+            todo += node.all_input_nodes[:1]
+    return found
+
+
+_SMALL = 4096  # multiplications below which a product in plain loops costs less than a call of a library
+
+
+def _small_product(a: Tensor, b: Tensor) -> Any:
+    """A matrix product as sums, which inductor fuses with what stands around it."""
+    if a.device.type != "cpu" or a.shape[0] * a.shape[1] * b.shape[1] > _SMALL:
+        return NotImplemented
+    return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
+
+
+def _small_affine(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _small_product(a, b)
+    return product if product is NotImplemented else beta * c + alpha * product
+
+
+_DECOMPOSITIONS: dict[Any, Any] = {
+    torch.ops.aten.mm.default: _small_product,
+    torch.ops.aten.addmm.default: _small_affine,
+}
+
+
+_DRAWS = {
+    torch.ops.aten.normal_.default: ((0.0, 1.0), torch.ops.aten.randn.default),
+    torch.ops.aten.uniform_.default: ((0.0, 1.0), torch.ops.aten.rand.default),
+}
+
+
+def _draw_at_once(module: GraphModule) -> None:
+    """``empty(...).normal_()`` as ``randn(...)``: the same numbers, without a copy that stands in for the change."""
+    for node in [node for node in module.graph.nodes if node.target in _DRAWS]:
+        usual, draw = _DRAWS[node.target]
+        source, given = node.args[0], node.args[1:]
+        fresh = source.target is torch.ops.aten.empty.memory_format and len(source.users) == 1
+        if not fresh or node.kwargs or (*given, *usual[len(given) :]) != usual:
+            continue
+        value = node.meta["val"]
+        kind = {"dtype": value.dtype, "device": value.device}
+        with module.graph.inserting_before(node):
+            drawn = module.graph.call_function(draw, (list(value.shape),), kind)
+        drawn.meta["val"] = value
+        node.replace_all_uses_with(drawn)
+        module.graph.erase_node(node)
+        module.graph.erase_node(source)
+    module.recompile()
+
+
+def compile_graph(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Inductor directly where this torch has it (private, a few per cent faster), else the public way."""
+    # Traced once more: each node gets its shape and type, small products become sums.
+    graph = make_fx(module, tracing_mode="fake", decomposition_table=_DECOMPOSITIONS)(*inputs)
+    _draw_at_once(graph)
     direct = getattr(importlib.import_module("torch._inductor"), "compile", None)
     if direct is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's about itself, which would end it where warnings are errors
-            return direct(graph, inputs, options=_OPTIONS)
+            with _one_fake_mode():
+                return direct(graph, inputs, options=_OPTIONS)
     return torch.compile(graph, fullgraph=True, dynamic=False, options=_OPTIONS)
 
 

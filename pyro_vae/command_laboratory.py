@@ -172,7 +172,6 @@ def bench(
     repeats: int = 7,
     threads: int | None = None,
     out: str | None = None,
-    keep_memory: bool = False,
     quick: bool = False,
     json: bool = False,
 ) -> None:
@@ -188,7 +187,6 @@ def bench(
         repeats: rounds.
         threads: threads of torch; default: as many as torch takes.
         out: a folder for bench.json and the picture bench.png.
-        keep_memory: let the C library keep freed memory, as the other commands do; it speeds up large blocks for all.
         quick: the tiny sizes only, two short rounds.
         json: print one JSON object instead of lines to read.
     """
@@ -213,9 +211,7 @@ def bench(
         if not json:
             print(text, end="\n\n", flush=True)
 
-    result = benchmark.bench(
-        names, 2 if quick else repeats, 0.02 if quick else 0.3, threads, told, further, keep_memory
-    )
+    result = benchmark.bench(names, 2 if quick else repeats, 0.02 if quick else 0.3, threads, told, further)
     if folder is not None:
         write_atomically(folder / "bench.json", to_json(result))
         steps = {name: one["ratios"] for name, one in result["workloads"].items() if name not in further}

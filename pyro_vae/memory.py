@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     Without this, glibc hands large blocks back to the kernel, which clears each page anew at the next step. For the
     convolutions of ``pyro-vae bench`` that is a fifth to a third of a step on a processor; for small networks, whose
     blocks stay below its limits, nothing. It holds for the whole process and cannot be undone. The command line does
-    it; a program calls it once at its start.
+    it, and so do compiled steps; another program calls it once at its start.
 
     Returns:
         Whether it was done: there is a glibc, and it agreed.

@@ -6,8 +6,10 @@ parameters. torch's own ``step`` takes as long in Python as its fused kernel: Ad
 """
 
 import inspect
+import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -15,6 +17,8 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam as PyroClippedAdam
 from torch import Tensor
+
+from pyro_vae.capture import is_recording
 
 
 class _Straight:
@@ -42,8 +46,8 @@ class _Straight:
             self._move(group, group["eps"])
         return loss
 
-    def _counted(self, key: Any, states: list[dict[str, Any]]) -> list[Tensor]:
-        """The step counters of some parameters, one higher: parts of one tensor, so that one addition counts all."""
+    def _counted(self, key: Any, states: list[dict[str, Any]]) -> tuple[Tensor, list[Tensor]]:
+        """The step counters of some parameters, one higher: one tensor, so that one addition counts all, its parts."""
         known = self.__dict__.setdefault("_counts", {})  # a copied or unpickled optimiser comes without it
         steps = [state["step"] for state in states]
         counts, parts = known.get(key, (None, []))
@@ -54,7 +58,7 @@ class _Straight:
             for state, step in zip(states, steps, strict=True):
                 state["step"] = step
         counts.add_(1)
-        return steps
+        return counts, steps
 
     def _move(self, group: dict[str, Any], eps: float) -> None:
         kinds: dict[Any, list[Tensor]] = {}  # the kernel takes tensors of one type and device
@@ -68,7 +72,10 @@ class _Straight:
                     step = torch.zeros((), dtype=torch.float32, device=p.device)  # the type that CUDA's kernel reads
                     self.state[p] = {"step": step, **zeros}
             states = [self.state[p] for p in parameters]
-            steps = self._counted((id(group), *kind), states)
+            counts, steps = self._counted((id(group), *kind), states)
+            if is_recording():
+                _move_by_operations(parameters, states, counts, group)
+                continue
             (torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_)(
                 parameters,
                 [p.grad for p in parameters],  # type: ignore[misc]  # none is None
@@ -84,6 +91,88 @@ class _Straight:
                 amsgrad=False,
                 maximize=False,
             )
+
+
+def _move_by_operations(
+    parameters: list[Tensor], states: list[dict[str, Any]], counts: Tensor, group: dict[str, Any]
+) -> None:
+    r"""The kernel's step as plain operations, which a compiler fuses with each other and with what stands before.
+
+    .. math:: m \gets \beta_1 m + (1 - \beta_1) g, \quad v \gets \beta_2 v + (1 - \beta_2) g^2, \quad
+        \theta \gets \theta - \frac{\lambda}{1 - \beta_1^t} \frac{m}{\sqrt v / \sqrt{1 - \beta_2^t} + \epsilon}
+    """
+    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    # By exp, which inductor computes once and keeps; powers it would compute again for each element.
+    rise1, rise2 = (1 - (counts.double() * (math.log(b) if b > 0 else -math.inf)).exp() for b in (beta1, beta2))
+    rates, corrections = lr / rise1, rise2.rsqrt()
+    for i, (p, state) in enumerate(zip(parameters, states, strict=True)):
+        g: Any = p.grad
+        if decay and group["decoupled_weight_decay"]:
+            p.mul_(1 - lr * decay)
+        elif decay:
+            g = g + decay * p
+        m, v = state["exp_avg"].lerp_(g, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.sub_(m * rates[i].to(p.dtype) / (v.sqrt() * corrections[i].to(p.dtype) + group["eps"]))
+
+
+class Rates:
+    """Learning rates as tensors that a recorded step reads: writing into them needs no new recording.
+
+    Args:
+        optimizers: whose groups they belong to.
+        device: where the parameters are.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
+        self._optimizers, self._device = optimizers, device
+        self._sent: list[Any] = []
+        self._tensors: list[Tensor] = []
+
+    def send(self) -> None:
+        """Write the rates that schedules and callers have changed."""
+        for i, group in enumerate(self._groups()):
+            if isinstance(group["lr"], Tensor) or group["lr"] != self._sent[i]:
+                self._sent[i] = group["lr"]
+                self._tensors[i].fill_(group["lr"])
+
+    @contextmanager
+    def as_tensors(self) -> Iterator[None]:
+        """While steps are recorded, the groups hold tensors; else the numbers that everybody expects there."""
+        groups = self._groups()
+        numbers = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, self._tensors, strict=True):
+                group["lr"] = rate
+            yield
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The groups as they are now, each with its tensor."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        dtype = torch.float32 if self._device.type == "cuda" else torch.float64  # what Adam's kernels read
+        for _ in groups[len(self._tensors) :]:
+            self._tensors.append(torch.zeros((), dtype=dtype, device=self._device))
+            self._sent.append(None)
+        return groups
+
+
+def is_recordable(optimizer: Any) -> bool:
+    """Whether all that changes from step to step in this optimiser is kept in tensors."""
+    return type(optimizer) in (Adam, AdamW) and not optimizer._optimizer_step_pre_hooks
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+    """What a recorded step holds of an optimiser as numbers: another value is recorded anew."""
+    changing = ("params", "lr", "initial_lr")
+    pairs = [(k, v) for group in optimizer.param_groups for k, v in group.items() if k not in changing]
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs)  # betas of a loaded state
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+    """Which tensors an optimiser keeps: a recorded step writes into these, and into no others put in their place."""
+    return tuple(id(value) for state in optimizer.state.values() for value in state.values())
 
 
 class Adam(_Straight, torch.optim.Adam):
@@ -167,6 +256,15 @@ class ClippedAdam(_Straight, torch.optim.Adam):
 _FUSED: dict[Any, Any] = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW, PyroClippedAdam: ClippedAdam}
 
 
+_SEVERAL_GRADIENTS = "expected an optimiser of one gradient a step, found LBFGS: take Adam, or LBFGS outside SVI."
+
+
+def _of_one_gradient(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(_SEVERAL_GRADIENTS)
+    return optimizer
+
+
 def torch_optimizer(optim: Any) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
     """A function parameters -> one torch optimiser over them, from a ``pyro.optim`` one (or from such a function).
 
@@ -189,10 +287,10 @@ def torch_optimizer(optim: Any) -> Callable[[Iterable[Tensor]], torch.optim.Opti
                 f"expected a pyro.optim optimiser or a function parameters -> torch optimiser, found {optim!r:.60}: "
                 "for example lambda p: torch.optim.AdamW(p, lr=1e-3)."
             )
-        return optim
+        return lambda parameters: _of_one_gradient(optim(parameters))
     constructor: Any = optim.pt_optim_constructor
     if constructor is torch.optim.LBFGS:
-        raise ValueError("expected an optimiser of one gradient a step, found LBFGS: take Adam, or LBFGS outside SVI.")
+        raise ValueError(_SEVERAL_GRADIENTS)
 
     def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = []

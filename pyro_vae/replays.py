@@ -15,9 +15,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.capture import NotCapturable, compile_graph, lift, plain_reason, recording, rewound, store_kept
+from pyro_vae.capture import (
+    NotCapturable,
+    changed_by,
+    compile_graph,
+    is_view,
+    lift,
+    owners,
+    plain_reason,
+    record_graph,
+    recording,
+    rewound,
+    store_kept,
+)
 
 TOLERANCE = 1e-5  # relative; float32 sums in another order differ by some 1e-7
 Backend = Literal["inductor", "replay"]
@@ -90,7 +101,7 @@ class Replay:
 
         with rewound([], [], args) as rewind:
             with store_kept():
-                graph = make_fx(record, tracing_mode="real")(*args)
+                graph = record_graph(record, args)
             held, self._inputs = lift(graph)
             self._inputs = [tensor.detach() for tensor in self._inputs]
             self._first, second = _split(graph, len(held) + len(fixed))
@@ -100,8 +111,7 @@ class Replay:
             self._how, self._second = "replayed", second
             if backend == "inductor":
                 try:
-                    typed = make_fx(second, tracing_mode="fake")(*kept, *varying)  # each node has its shape and type
-                    self._how, self._second = "compiled", compile_graph(typed, [*kept, *varying])
+                    self._how, self._second = "compiled", compile_graph(second, [*kept, *varying])
                 except Exception as error:  # no C++ compiler, say: the graph still spares Python's part
                     self._how = f"replayed, not compiled ({' '.join(str(error).split())[:200]})"
             self._error = self._compare(function, fixed, varying, rewind)
@@ -149,7 +159,7 @@ def _split(module: GraphModule, num_early: int) -> tuple[GraphModule, GraphModul
     late, reached = _late_nodes(nodes, late_inputs), set(inputs)
     for node in nodes:  # what some input reaches, and what is changed by that
         if any(source in reached for source in node.all_input_nodes):
-            reached |= {node, *_owners(_changed_by(node))}
+            reached |= {node, *_owners(changed_by(node))}
 
     first, second = Graph(), Graph()
     in_first = {node: first.node_copy(node) for node in early_inputs}
@@ -162,7 +172,7 @@ def _split(module: GraphModule, num_early: int) -> tuple[GraphModule, GraphModul
         for source in todo.pop().all_input_nodes:
             if source in wanted or source in cuts or source in late:
                 continue
-            if source.op == "placeholder" or (source in reached and not _is_view(source)):
+            if source.op == "placeholder" or (source in reached and not is_view(source)):
                 cuts[source] = source
             else:
                 wanted.add(source)
@@ -191,37 +201,14 @@ def _late_nodes(nodes: list[Node], late_inputs: list[Node]) -> set[Node]:
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if node.op != "output" and (random or any(source in late for source in node.all_input_nodes)):
                 late.add(node)
-                late |= _owners(_changed_by(node))
+                late |= _owners(changed_by(node))
         if len(late) == before:
             return late
 
 
-def _changed_by(node: Node) -> list[Node]:
-    """The nodes whose values an operation changes in place."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    pairs = zip(schema.arguments, node.args, strict=False)
-    changed = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
-    return [value for value in changed if isinstance(value, Node)]
-
-
 def _owners(changed: list[Node]) -> set[Node]:
     """These nodes and what they are views of; an input among them must not be changed."""
-    found: set[Node] = set()
-    todo = list(changed)
-    while todo:
-        node = todo.pop()
-        if node.op == "placeholder":
-            raise NotCapturable("it changes one of its tensors in place at every call")
-        found.add(node)
-        if _is_view(node) or _changed_by(node):
-            todo += node.all_input_nodes[:1]
+    found = owners(changed)
+    if any(node.op == "placeholder" for node in found):
+        raise NotCapturable("it changes one of its tensors in place at every call")
     return found
-
-
-def _is_view(node: Node) -> bool:
-    """Whether a node's value shares the memory of its first input."""
-    schema = getattr(node.target, "_schema", None)
-    returns = schema.returns if schema is not None else []
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)

@@ -12,8 +12,7 @@ and what changes them needs no new recording. On a processor the same function s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,9 @@ from torch import Tensor, nn
 from pyro_vae.capture import has_compiler
 from pyro_vae.compiling import TOLERANCE, CompiledStep, capturable
 from pyro_vae.contracts import untouched
-from pyro_vae.cuda_graphs import Recorded, can_record
 from pyro_vae.objectives import Objective
-from pyro_vae.optimizers import Adam, AdamW
 from pyro_vae.parallel import Workers
+from pyro_vae.programs import Programs, way_of
 from pyro_vae.streaming import Rows, size_in_words
 
 How = bool | Literal["replay"]
@@ -96,26 +94,37 @@ class Steps:
         self.optimizer, self.objective, self.batch_size, self.workers = optimizer, objective, batch_size, workers
         self.per_replay = STEPS_PER_REPLAY if per_replay is None else per_replay
         self.totals = torch.zeros(4, dtype=torch.float64, device=data.device)
-        self.rates: list[Tensor] = []
-        self.recorded = Recorded(self._take, data.device)
         self.captured: CompiledStep | None = None
+        self.programs: Programs | None = None
         self.is_prepared_within = False
-        if how:
-            usual = workers.part(torch.arange(min(batch_size, len(data.x))))
-            self.usual_rows = len(usual)
-            first = data.first(self.usual_rows)
-            self.is_prepared_within = capturable(to_batch, first)
-            within = (lambda rows: gradients(to_batch(rows))) if self.is_prepared_within else gradients
-            self.captured = CompiledStep(
-                within,
-                parameters,
-                vae,
-                warm=0,
-                backend="replay" if how == "replay" else "inductor",
-                record=not self._is_recordable(),
-                tolerance=tolerance,
-                rows=self.usual_rows,
-            )
+        if not how:
+            return
+        usual = workers.part(torch.arange(min(batch_size, len(data.x))))
+        self.usual_rows = len(usual)
+        self.is_prepared_within = capturable(to_batch, data.first(self.usual_rows))
+        within = (lambda rows: gradients(to_batch(rows))) if self.is_prepared_within else gradients
+        # No other worker, no reading ahead and no preparation by Python may stand between a step and the next.
+        alone = not data.streamed and workers.size == 1 and self.is_prepared_within
+        way = way_of(data.device, [optimizer]) if alone else None
+        if way == "compile" and how == "replay":
+            way = None
+        self.captured = CompiledStep(
+            within,
+            parameters,
+            vae,
+            warm=0,
+            backend="replay" if how == "replay" or way == "compile" else "inductor",
+            record=way is None,
+            tolerance=tolerance,
+            rows=self.usual_rows,
+        )
+        if objective is not None:
+            objective.at_step(0, data.device)
+        counter = [] if objective is None else [objective.step]
+        usual_shape = (1, self.usual_rows)
+        self.programs = Programs(
+            self._take, self.captured, [optimizer], [*counter, self.totals], usual_shape, data.device, way
+        )
 
     def epoch(self, order: Tensor, first: int) -> Iterator[int]:
         """Take the steps of one epoch; ``totals`` holds the sums of this worker afterwards.
@@ -133,29 +142,21 @@ class Steps:
         if self.data.streamed or self.workers.size > 1:
             yield from self._one_by_one(order)
             return
-        together = self.per_replay if can_record(self.data.device) else 1
+        records = self.programs is not None and self.programs.way == "record"
+        together = self.per_replay if records else 1
         whole = len(order) // self.batch_size
         several = whole // together * together * self.batch_size
         chunks = [*order[:several].split(together * self.batch_size), *order[several:].split(self.batch_size)]
         for chunk in filter(len, chunks):
-            index = chunk.view(-1, min(self.batch_size, len(chunk)))
-            recordable = self.captured is not None and self._is_recordable()
-            if recordable or self.rates:  # rates that were sent once are those that the steps go on reading
-                self._send_rates()
-            if recordable and self.captured is not None:
-                self.recorded.generators = self.captured.generators
-                self.recorded(index, also=self._fixed())
-            else:
-                self._take(index)
+            (self.programs or self._take)(chunk.view(-1, min(self.batch_size, len(chunk))))
             yield len(chunk)
 
     def _take(self, index: Tensor) -> None:
         """Several steps, one for each row of [k, B] indices."""
-        with self._rates_on_device():
-            for rows in index.unbind():
-                self.totals.add_(self._sums(self.data.x.index_select(0, rows)))
-                self.optimizer.step()
-                self._count()
+        for rows in index.unbind():
+            self.totals.add_(self._sums(self.data.x.index_select(0, rows)))
+            self.optimizer.step()
+            self._count()
 
     def _sums(self, rows: Tensor) -> Tensor:
         """The sums over a batch; its gradients are in the parameters then."""
@@ -193,47 +194,10 @@ class Steps:
 
     def explain(self) -> str:
         """How steps are taken, in one line."""
-        if self.captured is None:
+        if self.programs is None:
             return "eager"
-        is_recorded = self.recorded.num_recorded > 0 and self.recorded.failure is None
-        recorded = f", {self.per_replay} steps in a CUDA graph" * is_recorded
-        return self.captured.explain().splitlines()[0].split(": ", 1)[-1] + recorded
-
-    def _is_recordable(self) -> bool:
-        """Whether several whole steps can be recorded: nothing in them waits for Python or for other workers."""
-        device = self.data.device
-        alone = can_record(device) and not self.data.streamed and self.workers.size == 1 and self.is_prepared_within
-        # These two keep on the device all that changes from step to step.
-        moves = type(self.optimizer) in (Adam, AdamW) and not self.optimizer._optimizer_step_pre_hooks
-        return alone and moves and (self.captured is None or self.captured.obstacle is None)
-
-    def _fixed(self) -> Any:
-        """What a recording holds as a number: another value is recorded anew."""
-        assert self.captured is not None
-        changing = ("params", "lr", "initial_lr")
-        groups = [{k: v for k, v in group.items() if k not in changing} for group in self.optimizer.param_groups]
-        return repr(groups), self.captured.state_key()
-
-    def _send_rates(self) -> None:
-        """Write learning rates, which schedules and callers may have changed, into the tensors that kernels read."""
-        groups = self.optimizer.param_groups
-        dtype = torch.float32 if self.data.device.type == "cuda" else torch.float64  # what Adam's kernels read
-        while len(self.rates) < len(groups):
-            self.rates.append(torch.zeros((), dtype=dtype, device=self.data.device))
-        for rate, group in zip(self.rates, groups, strict=True):
-            rate.fill_(group["lr"])
-
-    @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """While steps are recorded, the groups hold tensors; else the numbers that everybody expects there."""
-        numbers = [group["lr"] for group in self.optimizer.param_groups]
-        try:
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=False):
-                group["lr"] = rate
-            yield
-        finally:
-            for group, number in zip(self.optimizer.param_groups, numbers, strict=True):
-                group["lr"] = number
+        several = f", {self.per_replay} steps at a time" if self.programs.is_recorded else ""
+        return self.programs.explain().splitlines()[0].split(": ", 1)[-1] + several
 
 
 def memory_in_words(data: Rows, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> str:

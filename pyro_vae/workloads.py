@@ -5,7 +5,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyro.infer
 import pyro.optim
@@ -13,13 +13,15 @@ import torch
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_vae.compiling import CompiledStep, FastSVI
+from pyro_vae.compiling import CompiledStep
 from pyro_vae.decoders import Decoder
 from pyro_vae.encoders import DiagonalNormal
+from pyro_vae.fast_svi import FastSVI
 from pyro_vae.networks import ConvPair, MlpPair, NetworkPair
 from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.optimizers import Adam
 from pyro_vae.priors import StandardNormal
+from pyro_vae.programs import Programs, way_of
 from pyro_vae.proportions import Bernoulli
 from pyro_vae.vae import VAE
 
@@ -137,9 +139,18 @@ def _jit(workload: Workload, x: Tensor) -> Run:
     return _pyro_run(workload, x, "jit", JitTrace_ELBO(ignore_jit_warnings=True))
 
 
+def _objective(workload: Workload) -> Any:
+    return ELBO() if workload.num_particles == 1 else IWAE(num_particles=workload.num_particles)
+
+
 def _captured(workload: Workload, x: Tensor) -> Run:
-    k = workload.num_particles
-    return _pyro_run(workload, x, "captured", ELBO() if k == 1 else IWAE(num_particles=k), FastSVI)
+    return _pyro_run(workload, x, "captured", _objective(workload), FastSVI)
+
+
+def _captured_loop(workload: Workload, x: Tensor) -> Run:
+    vae = make_vae(workload, "loop").to(x.device)
+    svi = FastSVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), _objective(workload))  # type: ignore[attr-defined]
+    return lambda count: svi.run(count, x)[-1].item()
 
 
 def _by_hand(workload: Workload, x: Tensor, mode: str | None = None) -> Run:
@@ -163,7 +174,7 @@ def _compiled_by_hand(workload: Workload, x: Tensor) -> Run:
 
 
 def _captured_by_hand(workload: Workload, x: Tensor) -> Run:
-    """The capture of :class:`CompiledStep` around the model without Pyro: what Pyro's programs cost once captured."""
+    """The capture around the model without Pyro: what Pyro's programs cost once captured."""
     module = HandWritten(workload).to(x.device)
     parameters = list(module.parameters())
     optimizer = Adam(parameters)
@@ -173,14 +184,17 @@ def _captured_by_hand(workload: Workload, x: Tensor) -> Run:
         loss.backward()
         return loss.detach()
 
-    captured = CompiledStep(gradients, parameters, module)
+    way = way_of(x.device, [optimizer])
+    backend: Literal["replay", "inductor"] = "replay" if way == "compile" else "inductor"
+    captured = CompiledStep(gradients, parameters, module, warm=0, backend=backend, record=way is None)
 
-    def step() -> float:
+    def take(x: Tensor) -> Tensor:
         loss = captured(x)
         optimizer.step()
-        return loss.item()
+        return loss
 
-    return _repeated(step)
+    steps = Programs(take, captured, [optimizer], device=x.device, way=way)
+    return _repeated(lambda: steps(x).item())
 
 
 def _numpyro(workload: Workload, x: Tensor) -> Run:
@@ -246,5 +260,6 @@ WAYS: dict[str, Callable[[Workload, Tensor], Run]] = {
     "torch.compile by hand": _compiled_by_hand,
     "NumPyro": _numpyro,
     "FastSVI": _captured,
+    "FastSVI.run": _captured_loop,
     "FastSVI without Pyro": _captured_by_hand,
 }

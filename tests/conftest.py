@@ -30,6 +30,14 @@ def float64():
     torch.set_default_dtype(torch.float64)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What would be compiled is run as recorded: the same operations on the same tensors, and no compiler needed."""
+    for name in ("compiling", "programs"):
+        monkeypatch.setattr(f"pyro_vae.{name}.compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr("pyro_vae.programs.has_compiler", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real image sets: the environment variable PYRO_VAE_DATA, or shared/data beside the project."""

@@ -427,6 +427,25 @@ def test_optimisers_that_cannot_be_one_are_refused():
         FastSVI(vae.model, vae.guide, "Adam", ELBO())
     with pytest.raises(ValueError, match="by parameter name, which is known to SVI only: use FastSVI"):
         fit(vae, binary(), epochs=1, optimizer=pyro.optim.Adam(per_parameter))
+    with pytest.raises(ValueError, match="one gradient a step, found LBFGS"):
+        fit(vae, binary(), epochs=1, optimizer=torch.optim.LBFGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "expected model to be a Pyro program, found None"),
+        ({"guide": 3}, "expected guide to be a Pyro program, found 3"),
+        ({"loss": "elbo"}, "expected loss to be an objective such as ELBO.* found 'elbo': pass an instance"),
+        ({"loss": ELBO}, "expected loss to be an objective such as ELBO.* found <class .*: pass an instance"),
+        ({"backend": "fast"}, "expected backend to be 'inductor' or 'replay', found 'fast'"),
+    ],
+)
+def test_arguments_that_are_refused(change, message):
+    vae = make_vae()
+    arguments = {"model": vae.model, "guide": vae.guide, "optim": pyro.optim.Adam({"lr": 0.1}), "loss": ELBO()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        FastSVI(**arguments | change)
 
 
 # ------------------------------------------------------------------------------------------------- constants
@@ -568,7 +587,7 @@ def test_evaluate_loss_trains_nothing():
 @needs_compiler
 def test_compiled_by_inductor(float64):
     svi = assert_same_steps(of(make_vae()), IWAE(3), binary(), atol=1e-9, backend="inductor")
-    assert "compiled, " in svi.explain()
+    assert "compiled with its optimiser, " in svi.explain()
 
 
 @needs_compiler

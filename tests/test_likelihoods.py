@@ -440,9 +440,7 @@ def test_training_with_the_optimal_scale_beats_one_half_and_ends_at_the_mean_squ
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_running_scale_is_saved_and_resumed(tmp_path, compiled, monkeypatch):
-    if compiled:  # the graph replayed, which needs no compiler
-        monkeypatch.setattr("pyro_vae.compiling.compile_graph", lambda graph, inputs: graph)
+def test_the_running_scale_is_saved_and_resumed(tmp_path, compiled, uncompiled):
     x, twins = torch.randn(40, E), []
     for stops in ((4,), (2, 4)):
         torch.manual_seed(0)
