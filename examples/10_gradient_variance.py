@@ -27,6 +27,7 @@ from pyro_vae.gradients import DReG, ScoreFunction, StickingTheLanding
 from pyro_vae.objectives import Objective
 from pyro_vae.plot_style import BLUE, GREEN, VERMILION
 from pyro_vae.routes import EnergyEntropy, ReconstructionKL
+from pyro_vae.uncertainty import with_error
 
 SMOKE = "--smoke" in sys.argv
 torch.manual_seed(0)
@@ -74,7 +75,7 @@ forms = {
 }
 batch, repeats = x_test[:64], 10 if SMOKE else 300
 noise = {}
-print(f"   {'':35}value, nats per example     encoder: variance           signal / noise   decoder: variance")
+print(f"   {'':35}value, nats per example{'encoder: variance':>18}{'signal / noise':>20}{'decoder: variance':>24}")
 for name, form in forms.items():
     moments = gradient_variance(form, vae, batch, repeats)
     noise[name] = encoder = moments["encoder"]
@@ -85,9 +86,9 @@ for name, form in forms.items():
             values = torch.tensor([-form.loss(vae.model, vae.guide, batch) / len(batch) for _ in range(repeats)])
     print(
         f"   {name:35}{values.mean():8.2f} ± {values.std() / math.sqrt(repeats):.2f}"
-        f"{encoder.total_variance:18.4g} ± {encoder.total_variance_error:<8.2g}"
-        f"{encoder.signal_to_noise:8.3f} ± {encoder.signal_to_noise_error:.3f}"
-        f"{moments['decoder'].total_variance:15.3g} ± {moments['decoder'].total_variance_error:.1g}"
+        f"{with_error(encoder.total_variance, encoder.total_variance_error):>24}"
+        f"{with_error(encoder.signal_to_noise, encoder.signal_to_noise_error):>20}"
+        f"{with_error(moments['decoder'].total_variance, moments['decoder'].total_variance_error):>24}"
     )
 
 print("\n4. signal to noise against the number of particles K (a Gaussian model, close to its optimum)")
@@ -124,7 +125,7 @@ middle.errorbar(values, where, xerr=errors, color=BLUE, marker="o", ls="", capsi
 for i, (value, error) in enumerate(zip(values, errors, strict=True)):
     left_side = value > 1e5
     middle.annotate(
-        f"{value:.3g} ± {error:.1g}",
+        with_error(value, error),
         (value, i),
         xytext=(-8 if left_side else 8, 0),
         textcoords="offset points",

@@ -26,7 +26,8 @@ class FastSVI:
     each signature (shapes, types, other arguments) is eager Pyro's and creates the parameters; from the second on the
     captured graph runs, with one optimiser over all parameters, and on a processor that optimiser's step (Adam's or
     AdamW's) is compiled with it. What cannot be captured stays eager and is told once.
-    Tensors may stand anywhere in the arguments, within lists and dictionaries too.
+    Tensors may stand anywhere in the arguments, within lists and dictionaries too. A compiled step lets the C library
+    keep freed memory for the whole process (:func:`pyro_vae.keep_freed_memory`).
 
     Args:
         model: p(x, z), a Pyro program.

@@ -37,8 +37,9 @@ WORTH_COMPILING = 200  # steps an epoch
 def how_to_step(num_batches: int, epochs: int, device: torch.device) -> How:
     """Whether training steps are worth capturing, and compiling.
 
-    Replayed steps are eager ones to the last bit, compiled ones up to rounding. So that a run gives the same numbers
-    whether it is stopped and prolonged or not, the number of epochs has no say in the second choice.
+    Replayed steps are eager ones to the last bit (on a GPU up to the rounding of the learning rate, which kernels read
+    in float32), compiled ones up to rounding. So that a run gives the same numbers whether it is stopped and prolonged
+    or not, the number of epochs has no say in the second choice.
 
     Args:
         num_batches: steps an epoch.
